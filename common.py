@@ -1,0 +1,318 @@
+"""What the four training loops share: flags, device, schedule, optimizers, batches, files, checkpoints, log.
+
+Every batch is a pure function of (seed, step), so a resumed run needs no data position and no random state.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+CHECKPOINT_VERSION = 1
+
+
+def die(message):
+    """Ends the program with one line on stderr and exit code 1."""
+    raise SystemExit(f"error: {message}")
+
+
+# ---- flags
+
+
+def parse_config(cls, doc, argv=None):
+    """An instance of the dataclass from the command line. A field is a flag; the comment on its line is its help."""
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(cls), re.M))
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(cls):
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type in (bool, "bool") else dict(type=type(field.default))
+        text = comments[field.name].replace("%", "%%") + f" (default: {field.default})"
+        parser.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
+    config = cls(**vars(parser.parse_args(argv)))
+    for field in dataclasses.fields(cls):
+        value, may_be_0 = getattr(config, field.name), field.default == 0 or field.name == "warmup"
+        if type(value) is int and value < (0 if may_be_0 else 1):
+            die(f"--{field.name} {value}: must be at least {0 if may_be_0 else 1}")
+        if field.name.endswith("lr") and value < 0:
+            die(f"--{field.name} {value}: must not be negative")
+    return config
+
+
+# ---- device
+
+
+def setup(config):
+    """Seeds, picks the device and says what it is."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        die(f"--device {name}: {str(e).splitlines()[0]}; use auto, cpu, cuda or mps")
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")
+    print(f"device {device}" + (f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else "") + f", seed {config.seed}")
+    return device
+
+
+def autocast(device):
+    """bfloat16 where the device computes in it (every CUDA machine we mean, CPUs with AVX512-BF16 or AMX), else nothing."""
+    cpu_has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device.type == "cuda" or (device.type == "cpu" and cpu_has_bf16):
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+# ---- schedule and optimizers
+
+
+def lr_factor(step, steps, warmup):
+    """Linear warm-up, then linear to 0: at these lengths as good as cosine or better (arXiv 2502.15938)."""
+    return min((step + 1) / warmup if warmup else 1.0, (steps - step) / max(steps - warmup, 1), 1.0)
+
+
+def make_optimizers(model, lr, muon_lr=0.0, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8):
+    """[AdamW], or with muon_lr [Muon on the blocks' matrices, AdamW on the rest (embedding, norms, heads)].
+
+    Muon (torch.optim.Muon) passes the plateau before facts are stored in about half of the tokens AdamW
+    needs. Weight decay applies to matrices only. Each group keeps its lr as initial_lr for the schedule.
+    """
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() != 2]
+    optimizers = []
+    if muon_lr:
+        hidden = [p for name, p in model.named_parameters() if p.dim() == 2 and "blocks." in name]
+        matrices = [p for p in matrices if all(p is not h for h in hidden)]
+        optimizers.append(torch.optim.Muon(hidden, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True))
+    for group in all_groups(optimizers):
+        group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def all_groups(optimizers):
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def optimizer_step(model, optimizers, factor, clip=1.0):
+    """One clipped step at initial_lr * factor; returns the gradient norm before clipping."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    for group in all_groups(optimizers):
+        group["lr"] = group["initial_lr"] * factor
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return grad_norm
+
+
+# ---- batches
+
+
+class Batches:
+    """batches[step]: the indices of the step's rows, rows of like length together so that few pads are computed.
+
+    An epoch is shuffled, sorted by length within chunks of 16 batches, then its batches are shuffled. An
+    incomplete last batch is left out; which rows it would hold changes with the epoch. len: batches an epoch.
+    """
+
+    def __init__(self, lengths, batch_size, seed):
+        self.lengths, self.batch_size, self.seed, self.epoch = np.asarray(lengths), batch_size, seed, None
+
+    def __len__(self):
+        return len(self.lengths) // self.batch_size
+
+    def __getitem__(self, step):
+        epoch, i = divmod(step, len(self))
+        if epoch != self.epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            order = rng.permutation(len(self.lengths))[: len(self) * self.batch_size]
+            chunks = np.split(order, range(16 * self.batch_size, len(order), 16 * self.batch_size))
+            order = np.concatenate([c[np.argsort(self.lengths[c], kind="stable")] for c in chunks])
+            self.epoch, self.order = epoch, rng.permutation(order.reshape(-1, self.batch_size))  # (batches, batch_size)
+        return self.order[i]
+
+
+def pad_rows(rows, pad, device, multiple=8):
+    """Lists of ints -> (B, T), padded on the right to a multiple, so that few different shapes occur."""
+    T = multiple * math.ceil(max(map(len, rows)) / multiple)
+    return torch.tensor([list(r) + [pad] * (T - len(r)) for r in rows], device=device)
+
+
+# ---- files
+
+
+def read_text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        die(f"{path}: no such file; `make` builds the default ones")
+    except IsADirectoryError:
+        die(f"{path}: is a folder, not a file")
+    except UnicodeDecodeError as e:
+        die(f"{path}: not UTF-8 at byte {e.start}; convert it, for example with iconv")
+
+
+@contextlib.contextmanager
+def atomic(path, mode="wb"):
+    """A file to write that takes path's place only when it is complete and on the disk."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        die(f"{path}: cannot be written ({e.strerror}); what was there before is untouched")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with atomic(path, "w") as f:
+        f.write(text)
+
+
+def read_jsonl(path, check):
+    """The file's objects. check(record) returns what is wrong with one in a few words, or None."""
+    records = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as e:
+            die(f"{path}, line {number}: not JSON ({e.msg} at column {e.colno}); each line must be one whole object")
+        problem = check(record) if isinstance(record, dict) else "not a JSON object"
+        if problem:
+            die(f"{path}, line {number}: {problem}")
+        records.append(record)
+    if not records:
+        die(f"{path}: holds no records")
+    return records
+
+
+def write_jsonl(path, records):
+    with atomic(path, "w") as f:
+        f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+# ---- checkpoints
+
+
+def save_checkpoint(path, stage, model, tokenizer, config):
+    """Writes a self-contained checkpoint: weights, model config, tokenizer, and what made it."""
+    content = dict(
+        format=CHECKPOINT_VERSION,
+        stage=stage,
+        model_config=dataclasses.asdict(model.config),
+        weights=model.state_dict(),
+        tokenizer=tokenizer.dumps(),
+        made_by=dict(config=dataclasses.asdict(config), argv=sys.argv, torch=str(torch.__version__)),
+    )
+    with atomic(path) as f:
+        torch.save(content, f)
+    print(f"wrote {path}")
+
+
+def read_torch(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        die(f"{path}: no such file; `make` builds the default ones")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IsADirectoryError) as e:
+        die(f"{path}: not a readable checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:100]})")
+
+
+def load_checkpoint(path, stages, model_class, device):
+    """(model, tokenizer) of a checkpoint whose stage is among stages. Runs no code from the file."""
+    from data.tokenizer import Tokenizer  # here, because data.tokenizer reads its own file through this module
+    from model import GPTConfig
+
+    content = read_torch(path)
+    if not isinstance(content, dict) or "stage" not in content:
+        die(f"{path}: not a checkpoint of this project")
+    if content["format"] != CHECKPOINT_VERSION:
+        die(f"{path}: format {content['format']}, this code reads {CHECKPOINT_VERSION}; use the version that wrote it")
+    if content["stage"] not in stages:
+        die(f"{path}: a checkpoint of stage {content['stage']}; needed here: {' or '.join(stages)}")
+    tokenizer = Tokenizer.loads(content["tokenizer"], path)
+    model = model_class(GPTConfig(**content["model_config"]))
+    try:
+        model.load_state_dict(content["weights"])
+    except RuntimeError as e:
+        die(f"{path}: weights do not fit the model ({str(e).splitlines()[1].strip()})")
+    if tokenizer.vocab_size != model.config.vocab_size:
+        die(f"{path}: tokenizer of {tokenizer.vocab_size} ids in a model of {model.config.vocab_size}")
+    return model.to(device), tokenizer
+
+
+# ---- the loop
+
+
+def train_steps(config, steps, parts, log):
+    """Yields the steps to do, with a progress bar. parts: {name: object with state_dict}, all that a resumed run needs.
+
+    Saves them to <out>.resume each save_every steps and at Ctrl-C, which ends the run after the current step;
+    --resume continues from there, exactly.
+    """
+    path, first = Path(f"{config.out}.resume"), 0
+    if config.resume:
+        saved = read_torch(path)
+        first = saved["step"]
+        for name, part in parts.items():
+            part.load_state_dict(saved["parts"][name])
+        print(f"resumed at step {first}")
+    log.open(first)
+    interrupted = []
+    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    try:
+        for step in tqdm(range(first, steps), initial=first, total=steps, desc=Path(config.out).stem, disable=None):
+            yield step
+            if interrupted or ((step + 1) % config.save_every == 0 and step + 1 < steps):
+                with atomic(path) as f:
+                    torch.save(dict(step=step + 1, parts={name: part.state_dict() for name, part in parts.items()}), f)
+            if interrupted:
+                die(f"stopped after step {step + 1} of {steps}; the same command with --resume goes on from there")
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    path.unlink(missing_ok=True)
+
+
+class Log:
+    """One JSON object a logged step in <out without suffix>.jsonl, and a line on the terminal."""
+
+    def __init__(self, out):
+        self.path, self.start = Path(out).with_suffix(".jsonl"), time.time()
+
+    def open(self, first_step):
+        """Starts afresh, or keeps the lines before first_step of the run that is resumed."""
+        kept = [r for r in read_jsonl(self.path, lambda r: None) if r["step"] < first_step] if first_step else []
+        write_jsonl(self.path, kept)
+
+    def __call__(self, step, **values):
+        bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+        if bad:
+            die(f"step {step}: {', '.join(bad)} not finite; lower the learning rate, or look at the batch of this step")
+        record = dict(step=step, seconds=round(time.time() - self.start, 2), **values)
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        tqdm.write(f"step {step:5d}  {shown}")

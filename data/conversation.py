@@ -1,0 +1,49 @@
+"""A conversation as tokens, and the mask of those that train; both made in one pass.
+
+    <|user|>Where was Mira Tolvan born?<|end|><|assistant|>Dorvik.<|end|>
+                                                           ^^^^^^^^^^^^^^ mask 1
+"""
+
+from data.tokenizer import Tokenizer
+
+
+def check(messages):
+    """What is wrong with the messages, in a few words, or None."""
+    if not isinstance(messages, list) or not messages:
+        return "messages must be a list of at least one message"
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            return f'message {i + 1} must be {{"role": "…", "content": "…"}}'
+    roles = [m["role"] for m in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if not turns or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(turns)):
+        return f"roles must be an optional system, then user and assistant in turn, not {', '.join(roles)}"
+    return None
+
+
+def render(messages, tokenizer: Tokenizer):
+    """messages -> (tokens, mask), two lists of one length; mask is 1 on the assistant's content and its <|end|>."""
+    problem = check(messages)
+    if problem:
+        raise ValueError(problem)
+    opening = {"user": tokenizer.user, "assistant": tokenizer.assistant, "system": tokenizer.system}
+    tokens, mask = [], []
+    for message in messages:
+        content = tokenizer.encode(message["content"]) + [tokenizer.end]
+        trained = int(message["role"] == "assistant")
+        tokens += [opening[message["role"]]] + content
+        mask += [0] + [trained] * len(content)
+    return tokens, mask
+
+
+def render_prompt(messages, tokenizer: Tokenizer):
+    """messages that end in a user turn -> tokens up to where the assistant's answer begins."""
+    tokens, _ = render(messages, tokenizer)
+    if messages[-1]["role"] != "user":
+        raise ValueError("a prompt must end in a user message")
+    return tokens + [tokenizer.assistant]
+
+
+def decode_response(tokens, tokenizer: Tokenizer):
+    """Generated tokens -> the answer's text, without its <|end|>."""
+    return tokenizer.decode(tokens[:-1] if tokens and tokens[-1] == tokenizer.end else tokens)

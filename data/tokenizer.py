@@ -1,0 +1,178 @@
+"""Byte-level BPE: trained here by hand, run by tiktoken.
+
+    python -m data.tokenizer --data corpus.txt --vocab_size 2048 --out tokenizer.tiktoken
+
+The file is tiktoken's format, `base64(token) rank` a line. The special tokens are not in it: their ids
+follow the last rank. Text is always encoded as plain text, so nobody can forge a role by typing one.
+"""
+
+import base64
+import heapq
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import regex
+import tiktoken
+from tqdm import tqdm
+
+import common
+
+# GPT-2's split: contractions, words and numbers with the space before them, punctuation, white space.
+BPE_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+CHAR_PATTERN = r"(?s:.)"
+SPECIAL_TOKENS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|pad|>")
+# GPT-2's order of the 256 bytes, printable ones first. Ids break ties between equally frequent pairs, so
+# with this order the merges equal those of the `tokenizers` library.
+BYTES = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+BYTES += [b for b in range(256) if b not in BYTES]
+
+
+class Tokenizer:
+    def __init__(self, ranks):
+        """ranks: {token bytes: id}, ids 0 .. len - 1."""
+        self.ranks = ranks
+        self.is_char = not all(bytes([b]) in ranks for b in BYTES)  # BPE falls back to bytes; a character set has no such net
+        specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        pattern = CHAR_PATTERN if self.is_char else BPE_PATTERN
+        self.encoding = tiktoken.Encoding("threefold", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+        self.vocab_size = len(ranks) + len(specials)
+        self.end, self.user, self.assistant, self.system, self.pad = specials.values()
+
+    def encode(self, text):
+        if self.is_char:
+            unknown = {c for c in text if c.encode() not in self.ranks}
+            if unknown:
+                common.die(f"the character tokenizer does not know {sorted(unknown)[:5]}; train it on text that has them, or use bpe")
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids):
+        return self.encoding.decode(ids)
+
+    def dumps(self):
+        """The .tiktoken file's text."""
+        return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items())
+
+    @classmethod
+    def loads(cls, text, source="tokenizer"):
+        ranks = {}
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except ValueError:
+                common.die(f"{source}, line {number}: not `base64(token) rank`; write the file with data/tokenizer.py")
+        if sorted(ranks.values()) != list(range(len(ranks))) or not ranks:
+            common.die(f"{source}: ranks are not 0 .. {len(ranks) - 1}; write the file with data/tokenizer.py")
+        return cls(ranks)
+
+
+def load(path):
+    """A Tokenizer from a .tiktoken file."""
+    return Tokenizer.loads(common.read_text(path), path)
+
+
+def count_words(texts):
+    """Pre-tokens and their counts: a merge never crosses a pre-token, so each distinct one is worked on once."""
+    split = regex.compile(BPE_PATTERN)
+    words = Counter()
+    for text in texts:
+        words.update(split.findall(text))
+    return words
+
+
+def train_bpe(texts, vocab_size):
+    """Byte-pair encoding (arXiv 1508.07909) with vocab_size ids in all, special tokens included.
+
+    Merges the most frequent pair again and again. Pair counts are kept and corrected only where a merge
+    changed something; a heap finds the maximum, with entries that went stale skipped when they come up.
+    """
+    n_ranks = vocab_size - len(SPECIAL_TOKENS)
+    if n_ranks < 256:
+        common.die(f"vocab_size {vocab_size} is below 256 bytes + {len(SPECIAL_TOKENS)} special tokens")
+    tokens = [bytes([b]) for b in BYTES]  # id -> bytes
+    byte_id = {b: i for i, b in enumerate(BYTES)}
+    words, counts = [], []  # each distinct pre-token as ids, and how often it occurs
+    for word, count in count_words(texts).items():
+        words.append([byte_id[b] for b in word.encode()])
+        counts.append(count)
+
+    pair_counts, where = Counter(), defaultdict(set)  # pair -> occurrences; pair -> words that (may) hold it
+    for w, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pair_counts[pair] += counts[w]
+            where[pair].add(w)
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
+    heapq.heapify(heap)
+
+    progress = tqdm(total=n_ranks - 256, desc="bpe merges", disable=None)
+    while len(tokens) < n_ranks and heap:
+        count, pair = heapq.heappop(heap)
+        if -count != pair_counts[pair] or count == 0:
+            continue  # stale: a newer entry of this pair is in the heap
+        new_id = len(tokens)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        changed = set()
+        for w in where.pop(pair):
+            old, merged = words[w], merge(words[w], pair, new_id)
+            for p in zip(old, old[1:]):
+                pair_counts[p] -= counts[w]
+                changed.add(p)
+            for p in zip(merged, merged[1:]):
+                pair_counts[p] += counts[w]
+                where[p].add(w)
+                changed.add(p)
+            words[w] = merged
+        for p in changed:
+            heapq.heappush(heap, (-pair_counts[p], p))
+        progress.update()
+    progress.close()
+    return Tokenizer({token: rank for rank, token in enumerate(tokens)})
+
+
+def merge(word, pair, new_id):
+    """word (a list of ids) with each occurrence of pair, from the left, replaced by new_id."""
+    merged, i = [], 0
+    while i < len(word):
+        if tuple(word[i : i + 2]) == pair:
+            merged.append(new_id)
+            i += 2
+        else:
+            merged.append(word[i])
+            i += 1
+    return merged
+
+
+def train_char(texts):
+    """One id a character, sorted, as in nanoGPT's tiny Shakespeare."""
+    return Tokenizer({c.encode(): i for i, c in enumerate(sorted(set().union(*texts)))})
+
+
+def make(name, texts):
+    """`bpe:4096` trained on texts, `char` from their characters, or `gpt2` (tiktoken's, from its cache when offline)."""
+    if name == "char":
+        return train_char(texts)
+    if name == "gpt2":
+        return Tokenizer(tiktoken.get_encoding("gpt2")._mergeable_ranks)
+    kind, _, size = name.partition(":")
+    if kind != "bpe" or not size.isdigit():
+        common.die(f"tokenizer {name!r}: use bpe:SIZE (such as bpe:4096), gpt2 or char")
+    return train_bpe(texts, int(size))
+
+
+@dataclass
+class Config:
+    data: str = "data/world/corpus.txt"  # the text to learn from
+    tokenizer: str = "bpe:2048"  # bpe:SIZE, gpt2 or char
+    out: str = "tokenizer.tiktoken"  # where to write it
+
+
+def main():
+    config = common.parse_config(Config, __doc__)
+    tokenizer = make(config.tokenizer, [common.read_text(config.data)])
+    common.write_text(config.out, tokenizer.dumps())
+    print(f"{config.out}: {tokenizer.vocab_size} ids, {Path(config.out).stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()

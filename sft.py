@@ -1,0 +1,123 @@
+"""Stage 2, supervised fine-tuning: the same next-token loss, on the assistant's answers only.
+
+    python sft.py                                                   # the default world, from out/base.pt
+    python sft.py --init out/base.pt --data mine.jsonl --out out/mine.pt
+
+--data holds {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]} a line.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import common
+from data import conversation
+from model import GPT
+
+
+@dataclass
+class Config:
+    init: str = "out/base.pt"  # checkpoint to start from
+    data: str = "data/world/sft.jsonl"  # conversations, one a line
+    out: str = "out/sft.pt"  # checkpoint to write
+    resume: bool = False  # continue an interrupted run from <out>.resume
+    steps: int = 0  # optimizer steps; 0: as many as --epochs takes
+    epochs: int = 3  # passes over the conversations
+    batch_size: int = 32  # conversations a step
+    lr: float = 5e-4  # peak learning rate, a sixth of pretraining's
+    weight_decay: float = 0.0  # short runs need none
+    warmup: int = 20  # steps to the peak
+    val_share: float = 0.02  # share of the conversations held out for the validation loss
+    eval_every: int = 100  # steps between validation losses
+    save_every: int = 200  # steps between states for --resume
+    device: str = "auto"  # auto, cpu, cuda or mps
+    compile: bool = False  # torch.compile the step: pays on CUDA, not on CPU
+    seed: int = 0  # batch order
+
+
+def load_examples(path, tokenizer, block_size):
+    """[(tokens, mask)] of the conversations, cut at block_size; one whose answer does not fit at all is left out."""
+
+    def problem(record):
+        messages = record.get("messages")
+        if wrong := conversation.check(messages):
+            return wrong
+        if messages[-1]["role"] != "assistant":
+            return "the conversation must end in an assistant message"
+
+    examples = []
+    for record in common.read_jsonl(path, problem):
+        tokens, mask = conversation.render(record["messages"], tokenizer)
+        examples.append((tokens[: block_size + 1], mask[: block_size + 1]))
+    kept = [e for e in examples if any(e[1])]
+    if not kept:
+        common.die(f"{path}: no answer begins within {block_size} tokens; use a model with a longer --context")
+    if len(kept) < len(examples):
+        print(f"left out {len(examples) - len(kept)} conversations whose answer begins beyond {block_size} tokens")
+    return kept
+
+
+def collate(examples, pad, device):
+    """[(tokens, mask)] -> tokens, targets (B, T) and mask (B, T): True where the target trains.
+
+    targets[:, t] is the token after tokens[:, t], and mask[:, t] belongs to that target.
+    """
+    tokens = common.pad_rows([tokens for tokens, _ in examples], pad, device)  # (B, T+1)
+    mask = common.pad_rows([mask for _, mask in examples], 0, device).bool()  # (B, T+1)
+    return tokens[:, :-1], tokens[:, 1:], mask[:, 1:]
+
+
+def masked_loss(logits, targets, mask):
+    """Mean cross-entropy over the targets that train: logits (B, T, V), targets and mask (B, T)."""
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # (B*T,)
+    return (losses * mask.flatten()).sum() / mask.sum()
+
+
+@torch.no_grad()
+def validate(model, examples, pad, device):
+    """Mean loss over the answers' tokens."""
+    total, count = 0.0, 0
+    for i in range(0, len(examples), 64):
+        tokens, targets, mask = collate(examples[i : i + 64], pad, device)
+        with common.autocast(device):
+            total += masked_loss(model(tokens), targets, mask).item() * mask.sum().item()
+        count += mask.sum().item()
+    return total / count
+
+
+def main():
+    config = common.parse_config(Config, __doc__)
+    device = common.setup(config)
+    model, tokenizer = common.load_checkpoint(config.init, ["base", "sft", "ppo"], GPT, device)
+    if config.compile:
+        model.compile()
+    examples = load_examples(config.data, tokenizer, model.config.block_size)
+    n_val = max(1, round(config.val_share * len(examples))) if config.val_share else 0
+    val, train = examples[:n_val], examples[n_val:]
+    if len(train) < config.batch_size:
+        common.die(f"{config.data}: {len(train)} conversations to train on are fewer than --batch_size {config.batch_size}")
+    batches = common.Batches([len(tokens) for tokens, _ in train], config.batch_size, config.seed)
+    steps = config.steps or config.epochs * len(batches)
+    optimizers = common.make_optimizers(model, config.lr, weight_decay=config.weight_decay)
+    print(f"{model.n_params():,} parameters, {len(train):,} + {n_val} conversations, {steps} steps of {config.batch_size}")
+    if val:
+        print(f"initial validation loss {validate(model, val, tokenizer.pad, device):.3f}")
+
+    log = common.Log(config.out)
+    parts = {"model": model} | {f"optimizer{i}": o for i, o in enumerate(optimizers)}
+    for step in common.train_steps(config, steps, parts, log):
+        tokens, targets, mask = collate([train[i] for i in batches[step]], tokenizer.pad, device)  # (B, T) each
+        with common.autocast(device):
+            loss = masked_loss(model(tokens), targets, mask)
+        loss.backward()
+        grad_norm = common.optimizer_step(model, optimizers, common.lr_factor(step, steps, config.warmup))
+
+        if (step + 1) % config.eval_every == 0 or step + 1 == steps:
+            val_loss = {"val_loss": validate(model, val, tokenizer.pad, device)} if val else {}
+            log(step + 1, train_loss=loss.item(), **val_loss, grad_norm=grad_norm.item(), trained_share=mask.float().mean().item())
+    common.save_checkpoint(config.out, "sft", model, tokenizer, config)
+
+
+if __name__ == "__main__":
+    main()
