@@ -250,6 +250,11 @@ def token_logprobs(logits, targets):
     return -F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="none").view(targets.shape)
 
 
+def last_true(mask):
+    """Index of each row's last True: (B, T) -> (B,)."""
+    return mask.size(1) - 1 - mask.int().flip(1).argmax(1)
+
+
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One id a row from logits (B, V): (B,)."""
     if temperature == 0:

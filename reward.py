@@ -4,6 +4,8 @@
     python reward.py --init out/sft.pt --data mine.jsonl --out out/reward.pt
 
 --data holds {"messages": [… the prompt …], "chosen": "…", "rejected": "…"} a line.
+
+Differs from InstructGPT's in one thing: the head also reads how likely the trunk finds the answer (see RewardModel).
 """
 
 import math
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 
 import common
 from data import conversation
-from model import GPT, GPTConfig, token_logprobs
+from model import GPT, GPTConfig, last_true, token_logprobs
 
 
 @dataclass
@@ -30,102 +32,146 @@ class Config:
     lr: float = 3e-4  # peak learning rate
     warmup: int = 20  # steps to the peak
     val_share: float = 0.08  # share of the pairs held out for the accuracy
+    calibration: int = 512  # prompts whose SFT answers get mean score 0 and standard deviation 1
+    max_new_tokens: int = 16  # longest of these answers
     eval_every: int = 100  # steps between accuracies
     save_every: int = 200  # steps between states for --resume
     device: str = "auto"  # auto, cpu, cuda or mps
     compile: bool = False  # torch.compile the step: pays on CUDA, not on CPU
-    seed: int = 0  # head and batch order
+    seed: int = 0  # head, batch order and calibration answers
 
 
 class RewardModel(nn.Module):
-    """GPT trunk + scalar head."""
+    """GPT trunk + scalar head: a score at each token; an answer's score is the one at its end token.
 
-    def __init__(self, config: GPTConfig, recall=True):
+    The head reads the last hidden state, and the log-probability that the trunk itself gives the answer so far,
+    weighed by a learned scalar. Why: a small model's hidden state does not tell whether a stated fact is true, even
+    about people it knows (right above wrong in 50% of pairs), but its language model does (100%, and just so
+    about people whom no pair showed it).
+    """
+
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.trunk = GPT(config)
         self.head = nn.Linear(config.n_embd, 1)
-        nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.n_embd + 1))
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.n_embd + 1))  # lm-human-preferences
         nn.init.zeros_(self.head.bias)
-        self.recall = recall
-        self.gain = nn.Parameter(torch.ones(1)*float(recall))
-        self.gain.requires_grad = recall
+        self.likelihood_weight = nn.Parameter(torch.ones(1))
 
     def forward(self, tokens, mask):
+        """tokens (B, T), mask (B, T) True on the answer's tokens -> scores (B, T) of the answer up to each token."""
         hidden = self.trunk.hidden(tokens)  # (B, T, C)
-        scores = self.head(hidden).squeeze(-1).float()  # (B, T)
-        if self.recall:
-            logprobs = token_logprobs(self.trunk.logits(hidden[:, :-1]), tokens[:, 1:]) * mask[:, 1:]  # (B, T-1)
-            scores = scores + self.gain * F.pad(logprobs.cumsum(1), (1, 0))  # (B, T)
-        return scores
+        logprobs = token_logprobs(self.trunk.logits(hidden[:, :-1]), tokens[:, 1:]) * mask[:, 1:]  # (B, T-1)
+        likelihood = F.pad(logprobs.cumsum(1), (1, 0))  # (B, T): log-probability of the answer up to and with token t
+        return self.head(hidden).squeeze(-1).float() + self.likelihood_weight * likelihood
 
     def score(self, tokens, mask):
-        last = mask.size(1) - 1 - mask.int().flip(1).argmax(1)  # (B,)
-        return self.forward(tokens, mask).gather(1, last[:, None]).squeeze(1)  # (B,)
+        """The scores (B,) at the last token of each answer."""
+        return self(tokens, mask).gather(1, last_true(mask)[:, None]).squeeze(1)
 
 
 def preference_loss(chosen, rejected):
-    """-log sigmoid(chosen - rejected), the mean over pairs: scores (B,) of the preferred and of the other answer."""
+    """-log sigmoid(chosen - rejected), the mean over pairs: scores (B,) of the preferred and of the other answer.
+
+    The negative log-likelihood of the Bradley-Terry model (arXiv 2203.02155, equation 1).
+    """
     return -F.logsigmoid(chosen - rejected).mean()
 
 
 def load_pairs(path, tokenizer, block_size):
+    """[(chosen, rejected)], each (tokens, mask) with mask 1 on the answer; pairs alike within block_size are left out."""
+
     def problem(record):
-        if not isinstance(record.get("chosen"), str) or not isinstance(record.get("rejected"), str):
-            return 'needs "messages", "chosen" and "rejected"'
         if wrong := conversation.check(record.get("messages")):
             return wrong
         if record["messages"][-1]["role"] != "user":
             return "messages must end in a user message, which chosen and rejected answer"
+        if not isinstance(record.get("chosen"), str) or not isinstance(record.get("rejected"), str):
+            return '"chosen" and "rejected" must be strings'
 
+    records = common.read_jsonl(path, problem)
     pairs = []
-    for record in common.read_jsonl(path, problem):
+    for record in records:
+        n_prompt = len(conversation.render_prompt(record["messages"], tokenizer))
         pair = []
         for answer in (record["chosen"], record["rejected"]):
-            n_prompt = len(conversation.render_prompt(record["messages"], tokenizer))
             tokens, _ = conversation.render(record["messages"] + [{"role": "assistant", "content": answer}], tokenizer)
-            pair.append((tokens[:block_size], ([0] * n_prompt + [1] * (len(tokens) - n_prompt))[:block_size]))
+            mask = [0] * n_prompt + [1] * (len(tokens) - n_prompt)
+            pair.append((tokens[:block_size], mask[:block_size]))
         if pair[0] != pair[1]:
             pairs.append(pair)
+    if not pairs:
+        common.die(f"{path}: no pair differs within {block_size} tokens")
+    if len(pairs) < len(records):
+        print(f"left out {len(records) - len(pairs)} pairs whose answers are the same within {block_size} tokens")
     return pairs
 
 
 def collate(examples, pad, device):
+    """[(tokens, mask)] -> tokens (B, T) and mask (B, T), padded on the right."""
     tokens = common.pad_rows([tokens for tokens, _ in examples], pad, device)
     mask = common.pad_rows([mask for _, mask in examples], 0, device).bool()
     return tokens, mask
 
 
 def score_pairs(model, pairs, pad, device):
-    tokens, mask = collate([c for c, _ in pairs] + [r for _, r in pairs], pad, device)  # (2B, T)
+    """Scores (B,) of the chosen and of the rejected answers, all in one forward pass."""
+    tokens, mask = collate([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs], pad, device)  # (2B, T)
     with common.autocast(device):
-        scores = model.score(tokens, mask)
-    return scores.chunk(2)
+        return model.score(tokens, mask).chunk(2)
 
 
 @torch.no_grad()
 def accuracy(model, pairs, pad, device):
+    """Share of pairs whose chosen answer scores higher."""
     right = 0
     for i in range(0, len(pairs), 64):
-        c, r = score_pairs(model, pairs[i : i + 64], pad, device)
-        right += (c > r).sum().item()
+        chosen, rejected = score_pairs(model, pairs[i : i + 64], pad, device)
+        right += (chosen > rejected).sum().item()
     return right / len(pairs)
+
+
+@torch.no_grad()
+def calibrate(model, sft, prompts, tokenizer, config):
+    """Shifts and scales the scores to mean 0 and standard deviation 1 over SFT's own answers to the prompts.
+
+    The shift is lm-human-preferences'; the scale lets PPO's beta mean the same for every reward model.
+    """
+    scores = []
+    for i in range(0, len(prompts), 64):
+        batch = prompts[i : i + 64]
+        with common.autocast(sft.device):
+            answers = sft.generate(batch, config.max_new_tokens, end_id=tokenizer.end)
+            examples = [(p + a, [0] * len(p) + [1] * len(a)) for p, a in zip(batch, answers)]
+            scores.append(model.score(*collate(examples, tokenizer.pad, sft.device)))
+    scores = torch.cat(scores)  # (N,)
+    model.head.bias -= scores.mean()
+    for parameter in (model.head.weight, model.head.bias, model.likelihood_weight):
+        parameter /= scores.std()
+    print(f"scores of {len(prompts)} SFT answers: mean {scores.mean():.2f}, std {scores.std():.2f}, now 0 and 1")
 
 
 def main():
     config = common.parse_config(Config, __doc__)
     device = common.setup(config)
-    sft, tokenizer = common.load_checkpoint(config.init, ["base", "sft"], GPT, device)
-    import os
-    model = RewardModel(sft.config, recall=os.environ.get("RECALL", "1") == "1").to(device)
+    sft, tokenizer = common.load_checkpoint(config.init, ["base", "sft", "ppo"], GPT, device)
+    model = RewardModel(sft.config).to(device)
     model.trunk.load_state_dict(sft.state_dict())
+    if config.compile:
+        model.compile()
     pairs = load_pairs(config.data, tokenizer, model.config.block_size)
     n_val = max(1, round(config.val_share * len(pairs)))
     val, train = pairs[:n_val], pairs[n_val:]
-    batches = common.Batches([len(c[0]) for c, _ in train], config.batch_size, config.seed)
+    if len(train) < config.batch_size:
+        common.die(f"{config.data}: {len(train)} pairs to train on are fewer than --batch_size {config.batch_size}")
+    batches = common.Batches([len(chosen[0]) for chosen, _ in train], config.batch_size, config.seed)
     steps = config.steps or config.epochs * len(batches)
     optimizers = common.make_optimizers(model, config.lr, weight_decay=0.0, eps=1e-5)
-    print(f"{model.config}, {len(train):,} + {n_val} pairs, {steps} steps of {config.batch_size}")
+    n_params = sum(p.numel() for p in model.parameters())
+    print(f"{n_params:,} parameters, {len(train):,} + {n_val} pairs, {steps} steps of {config.batch_size}")
+    print(f"initial accuracy {accuracy(model, val, tokenizer.pad, device):.3f}")
+
     log = common.Log(config.out)
     parts = {"model": model} | {f"optimizer{i}": o for i, o in enumerate(optimizers)}
     for step in common.train_steps(config, steps, parts, log):
@@ -133,8 +179,15 @@ def main():
         loss = preference_loss(chosen, rejected)
         loss.backward()
         grad_norm = common.optimizer_step(model, optimizers, common.lr_factor(step, steps, config.warmup))
+
         if (step + 1) % config.eval_every == 0 or step + 1 == steps:
-            log(step + 1, train_loss=loss.item(), val_accuracy=accuracy(model, val, tokenizer.pad, device), grad_norm=grad_norm.item(), gain=model.gain.item())
+            val_accuracy = accuracy(model, val, tokenizer.pad, device)
+            margin = (chosen - rejected).mean().item()
+            log(step + 1, train_loss=loss.item(), val_accuracy=val_accuracy, margin=margin, grad_norm=grad_norm.item())
+    longest = model.config.block_size - config.max_new_tokens
+    prompts = [tokens[: mask.index(1)] for (tokens, mask), _ in train if 1 in mask[:longest]][: config.calibration]
+    torch.manual_seed(config.seed)
+    calibrate(model, sft, prompts, tokenizer, config)
     common.save_checkpoint(config.out, "reward", model, tokenizer, config)
 
 

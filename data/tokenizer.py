@@ -4,10 +4,16 @@
 
 The file is tiktoken's format, `base64(token) rank` a line. The special tokens are not in it: their ids
 follow the last rank. Text is always encoded as plain text, so nobody can forge a role by typing one.
+
+A tokenizer that convert.py brought from elsewhere has its rules in a first line, `# {"pattern": …, "special_tokens":
+{name: id, …}, "text_tokens": […], "normal_form": …}`: the split, all special tokens with their ids (ours among them),
+those of them that text may hold (Qwen's <think>), and the Unicode form text is brought into (Qwen's NFC) or null.
 """
 
 import base64
 import heapq
+import json
+import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,42 +35,56 @@ BYTES += [b for b in range(256) if b not in BYTES]
 
 
 class Tokenizer:
-    def __init__(self, ranks):
-        """ranks: {token bytes: id}, ids 0 .. len - 1."""
-        self.ranks = ranks
+    def __init__(self, ranks, foreign=None):
+        """ranks: {token bytes: id}; foreign: the rules of a tokenizer from elsewhere. All ids together are 0 .. vocab_size - 1."""
+        self.ranks, self.foreign = ranks, foreign
         self.is_char = not all(bytes([b]) in ranks for b in BYTES)  # BPE falls back to bytes; a character set has no such net
-        specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        pattern = CHAR_PATTERN if self.is_char else BPE_PATTERN
+        self.rules = foreign or {
+            "pattern": CHAR_PATTERN if self.is_char else BPE_PATTERN,
+            "special_tokens": {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)},
+            "text_tokens": [],
+            "normal_form": None,
+        }
+        pattern, specials = self.rules["pattern"], self.rules["special_tokens"]
         self.encoding = tiktoken.Encoding("threefold", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
         self.vocab_size = len(ranks) + len(specials)
-        self.end, self.user, self.assistant, self.system, self.pad = specials.values()
+        self.end, self.user, self.assistant, self.system, self.pad = (specials[name] for name in SPECIAL_TOKENS)
 
     def encode(self, text):
         if self.is_char:
             unknown = {c for c in text if c.encode() not in self.ranks}
             if unknown:
                 common.die(f"the character tokenizer does not know {sorted(unknown)[:5]}; train it on text that has them, or use bpe")
-        return self.encoding.encode_ordinary(text)
+        if self.rules["normal_form"]:
+            text = unicodedata.normalize(self.rules["normal_form"], text)
+        return self.encoding.encode(text, allowed_special=set(self.rules["text_tokens"]), disallowed_special=())
 
     def decode(self, ids):
         return self.encoding.decode(ids)
 
     def dumps(self):
         """The .tiktoken file's text."""
-        return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items())
+        header = f"# {json.dumps(self.foreign)}\n" if self.foreign else ""
+        return header + "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items())
 
     @classmethod
     def loads(cls, text, source="tokenizer"):
-        ranks = {}
+        ranks, foreign = {}, None
         for number, line in enumerate(text.splitlines(), 1):
             try:
+                if number == 1 and line.startswith("#"):
+                    header = json.loads(line[1:])
+                    foreign = {rule: header[rule] for rule in ("pattern", "special_tokens", "text_tokens", "normal_form")}
+                    continue
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except ValueError:
+            except (ValueError, KeyError, TypeError):
                 common.die(f"{source}, line {number}: not `base64(token) rank`; write the file with data/tokenizer.py")
-        if sorted(ranks.values()) != list(range(len(ranks))) or not ranks:
-            common.die(f"{source}: ranks are not 0 .. {len(ranks) - 1}; write the file with data/tokenizer.py")
-        return cls(ranks)
+        specials = foreign["special_tokens"] if foreign else {}
+        ids = sorted([*ranks.values(), *specials.values()])
+        if ids != list(range(len(ids))) or not ranks or (foreign and not specials.keys() >= set(SPECIAL_TOKENS)):
+            common.die(f"{source}: ids are not 0 .. {len(ids) - 1}, the special tokens among them; write the file with data/tokenizer.py")
+        return cls(ranks, foreign)
 
 
 def load(path):
