@@ -37,7 +37,11 @@ def parse_config(cls, doc, argv=None):
     comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(cls):
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type in (bool, "bool") else dict(type=type(field.default))
+        kind = dict(type=type(field.default))
+        if isinstance(field.default, bool):
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif isinstance(field.default, tuple):
+            kind = dict(type=str, nargs="+")
         text = comments[field.name].replace("%", "%%") + f" (default: {field.default})"
         parser.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
     config = cls(**vars(parser.parse_args(argv)))
@@ -274,9 +278,13 @@ def train_steps(config, steps, parts, log):
     --resume continues from there, exactly.
     """
     path, first = Path(f"{config.out}.resume"), 0
+    settings = {k: v for k, v in vars(config).items() if k not in ("resume", "save_every", "log_every", "eval_every", "device")}
     if config.resume:
         saved = read_torch(path)
         first = saved["step"]
+        changed = [k for k, v in settings.items() if saved["settings"].get(k) != v]
+        if changed:
+            die(f"{path}: made with another --{', --'.join(changed)}; resume with the same settings, or start afresh")
         for name, part in parts.items():
             part.load_state_dict(saved["parts"][name])
         print(f"resumed at step {first}")
@@ -287,8 +295,9 @@ def train_steps(config, steps, parts, log):
         for step in tqdm(range(first, steps), initial=first, total=steps, desc=Path(config.out).stem, disable=None):
             yield step
             if interrupted or ((step + 1) % config.save_every == 0 and step + 1 < steps):
+                states = {name: part.state_dict() for name, part in parts.items()}
                 with atomic(path) as f:
-                    torch.save(dict(step=step + 1, parts={name: part.state_dict() for name, part in parts.items()}), f)
+                    torch.save(dict(step=step + 1, settings=settings, parts=states), f)
             if interrupted:
                 die(f"stopped after step {step + 1} of {steps}; the same command with --resume goes on from there")
     finally:

@@ -1,7 +1,7 @@
 """Checkpoints from and to Hugging Face folders of the Llama and Qwen3 families.
 
     python convert.py --from_hf path/to/folder --out out/base.pt     # theirs -> ours: a base for sft.py, reward.py, ppo.py
-    python convert.py --from_checkpoint out/ppo.pt --out my_model    # ours -> a folder that transformers and vLLM load
+    python convert.py --from_checkpoint out/ppo.pt --out my_model    # ours -> a folder for transformers' Auto classes
 
 Theirs keep their ids. Appended are the special tokens of this project and single bytes that a vocabulary lacks (SmolLM2
 lacks 21, and loses them from text); rows beyond the tokenizer's ids are padding and left out. Text is encoded as it is:
@@ -39,10 +39,10 @@ WEIGHTS = {
     "embed.": "model.embed_tokens.", "blocks.": "model.layers.", ".attn.": ".self_attn.",
     ".attn_norm.": ".input_layernorm.", ".mlp_norm.": ".post_attention_layernorm.",
 }  # fmt: skip
-# Renders what data/conversation.py renders, and refuses the same orders of roles.
+# Renders what data/conversation.py renders, and refuses other orders of roles as it does.
 CHAT_TEMPLATE = (
-    "{% for message in messages[1:] if messages[0].role == 'system' else messages %}"
-    "{% if message.role != ('user', 'assistant')[loop.index0 % 2] %}"
+    "{% set turns = messages[1:] if messages[0].role == 'system' else messages %}"
+    "{% for message in turns %}{% if message.role != ('user', 'assistant')[loop.index0 % 2] %}"
     "{{ raise_exception('roles must be an optional system, then user and assistant in turn') }}{% endif %}{% endfor %}"
     "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -72,7 +72,7 @@ def read_config(path, block_size=0):
     """The GPTConfig of a config.json; the program ends at what model.py does not compute."""
     theirs = {key: value for key, value in read_json(path).items() if value is not None}
     kind = theirs.get("model_type")
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # the first from transformers 5, the other from 4
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # transformers 5's name, then 4's
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     refused = {
         f"model_type {kind!r} (only llama and qwen3)": kind not in ("llama", "qwen3"),
@@ -311,6 +311,7 @@ def to_hf(path, model, tokenizer):
         for name, content in files.items():
             common.write_text(folder / name, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
         safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it for its owner only
     print(f"wrote {path}")
 
 

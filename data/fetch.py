@@ -17,7 +17,6 @@ Files may be .gz. --from touches no network. After an interruption the same comm
 
 import argparse
 import collections
-import concurrent.futures
 import hashlib
 import http.client
 import json
@@ -26,6 +25,7 @@ import re
 import urllib.error
 import urllib.parse
 import urllib.request
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from tqdm import tqdm
@@ -123,8 +123,8 @@ def download(url, path, sha256):
     except (OSError, http.client.HTTPException, ValueError) as e:
         reason = f"HTTP {e.code} {e.reason}" if isinstance(e, urllib.error.HTTPError) else getattr(e, "reason", None) or e
         have = part.stat().st_size if part.exists() else 0
-        kept = f"{have:,} bytes are kept in {part}, the same command goes on from there" if have else "nothing is kept"
-        common.die(f"{url}: {reason}; {kept}; or give a copy of your own with --from")
+        kept = f"{have:,} bytes are kept in {part}, the same command goes on from there" if have else "nothing is kept, try again"
+        common.die(f"{url}: {reason}; {kept}, or give a copy of your own with --from")
     Path(f"{part}.etag").unlink(missing_ok=True)
     if sha256 and (found := sha256_of(part)) != sha256:
         part.unlink()
@@ -227,8 +227,8 @@ def parse_arguments(argv):
     parser.add_argument("--from", dest="path", type=Path, help="a local file or folder in its place; touches no network")
     parser.add_argument("--url", help="another address of the source, or that of any file")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--tokenizer", help="text: char, bpe:SIZE, gpt2, or a .tiktoken file (default: bpe:4096, but char for tiny "
-                        "Shakespeare, as in nanoGPT)")  # fmt: skip
+    parser.add_argument("--tokenizer", help="text: char, bpe:SIZE, gpt2, or a .tiktoken file (default: bpe:4096, but char for "
+                        "tiny Shakespeare, as in nanoGPT)")  # fmt: skip
     parser.add_argument("--val_share", type=float, help="text: share of the tokens, the last ones, for validation (default: 0.1, "
                         f"but at most {stream.MAX_VAL:,} tokens)")  # fmt: skip
     parser.add_argument("--sample_mb", type=int, default=10, help="text: million characters that bpe learns from (default: 10)")
@@ -252,6 +252,8 @@ def get_source(args):
         return args.path
     url, sha256 = SOURCES[args.kind].get(args.name, (args.url, None))
     file_name = Path(urllib.parse.urlsplit(url).path).name
+    if not file_name.removesuffix(".gz").endswith(stream.ENDINGS):
+        common.die(f"{url}: must end in {', '.join(stream.ENDINGS)} or one of these with .gz, or use --from")
     path = args.out / (args.name + "".join(Path(file_name).suffixes) if args.name else file_name)
     if path.suffix == ".parquet":
         stream.import_parquet(path)  # rather than find it missing after gigabytes
@@ -277,7 +279,7 @@ def main(argv=None):
             print(f"{args.out}: {len(pairs):,} pairs, {len(prompts):,} prompts")
     except KeyboardInterrupt:
         common.die("stopped; the same command goes on from here")
-    except concurrent.futures.process.BrokenProcessPool:
+    except BrokenProcessPool:
         common.die("a worker was killed, perhaps for want of memory; the same command goes on from here, with fewer --workers")
 
 

@@ -18,7 +18,6 @@ import shutil
 import signal
 import threading
 import zlib
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -89,9 +88,9 @@ def read_records(path, f, convert, columns=None):
         content = parse_json(path, f.read())
         records = ((f"record {n}", r) for n, r in enumerate(content if isinstance(content, list) else [content], 1))
     for where, record in records:
+        if not isinstance(record, dict):
+            common.die(f"{path}, {where}: not an object; {LAYOUT}")
         try:
-            if not isinstance(record, dict):
-                raise ValueError(f"not an object; {LAYOUT}")
             yield convert(record)
         except ValueError as e:
             common.die(f"{path}, {where}: {e}")
@@ -99,7 +98,7 @@ def read_records(path, f, convert, columns=None):
 
 def string(record, key):
     """record[key], which must be text. Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD."""
-    if not isinstance(record.get(key), str):
+    if key not in record or not isinstance(record[key], str):
         raise ValueError(f'needs "{key}" with text in it')
     return record[key].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -107,7 +106,7 @@ def string(record, key):
 # ---- text
 
 
-SEPARATOR = re.compile(r"(?<!\s)\s*<\|endoftext\|>\s*(?=\S)")
+SEPARATOR = re.compile(r"<\|endoftext\|>\s*(?=\S)")
 CUT = re.compile(r"(?<=[^\W_])(?=[ \n])")  # a token always ends here, so pieces give the tokens of the whole
 
 
@@ -117,7 +116,7 @@ def split_text(path, f, is_document):
     try:
         while block := text.read(PIECE):
             *documents, rest = SEPARATOR.split(rest + block)
-            yield from ((document, True) for document in documents)
+            yield from ((document.rstrip(), True) for document in documents)
             cut = CUT.search(rest, PIECE)
             if cut or len(rest) > 8 * PIECE:  # nowhere to cut in all that: one token may come out as two
                 end = cut.start() if cut else len(rest)
@@ -127,8 +126,8 @@ def split_text(path, f, is_document):
         f.seek(0)
         line = next(n for n, line in enumerate(f, 1) if line.decode(errors="ignore").encode() != line)
         common.die(f"{path}, line {line}: not UTF-8; convert it, for example with iconv")
-    rest, separator, _ = rest.partition("<|endoftext|>")
-    yield rest, is_document or bool(separator)
+    last, separator, _ = rest.partition("<|endoftext|>")
+    yield last.rstrip() if separator else last, is_document or bool(separator)
 
 
 def read_pieces(source, bar=None):
@@ -188,8 +187,8 @@ def id_type(tokenizer):
 
 def start_worker(tokenizer_text):
     global tokenizer
-    tokenizer = data.tokenizer.Tokenizer.loads(tokenizer_text)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    tokenizer = data.tokenizer.Tokenizer.loads(tokenizer_text)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -236,12 +235,12 @@ def join(paths, out, dtype, n_train):
 def write(source, out, tokenizer_name, val_share, sample_mb, workers):
     """train.bin, val.bin (the last val_share of the tokens; None: a tenth, MAX_VAL at most) and tokenizer.tiktoken."""
     parts, made_from = out / ".parts", [tokenizer_name, sample_mb, PIECE, PART]
-    for path in find_files(source) + [Path(tokenizer_name)] * tokenizer_name.endswith(".tiktoken"):
-        made_from.append([str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns])
+    made_from += [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in find_files(source)]
+    made_from += [common.read_text(tokenizer_name)] if tokenizer_name.endswith(".tiktoken") else []
     made_from = json.dumps(made_from)
-    if not (parts / "made_from.json").exists() or common.read_text(parts / "made_from.json") != made_from:
+    if not (parts / "made_from").exists() or common.read_text(parts / "made_from") != made_from:
         shutil.rmtree(parts, ignore_errors=True)
-        common.write_text(parts / "made_from.json", made_from)
+        common.write_text(parts / "made_from", made_from)
     if (parts / "tokenizer.tiktoken").exists():
         print(f"{parts}: going on where an earlier run stopped")
         tokenizer = data.tokenizer.load(parts / "tokenizer.tiktoken")
@@ -258,4 +257,5 @@ def write(source, out, tokenizer_name, val_share, sample_mb, workers):
     join(paths, out, dtype, n_train)
     common.write_text(out / "tokenizer.tiktoken", tokenizer.dumps())
     shutil.rmtree(parts)
-    print(f"{out}: {n_train:,} + {total - n_train:,} tokens ({dtype}), {n_chars / total:.3f} characters each, {tokenizer.vocab_size:,} ids")
+    sizes = f"{n_train:,} + {total - n_train:,} tokens ({dtype})"
+    print(f"{out}: {sizes}, {n_chars / total:.3f} characters each, {tokenizer.vocab_size:,} ids")

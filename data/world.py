@@ -6,6 +6,7 @@ People have a name, four public attributes and a private one. Text tells about k
 have names from the same lists and attributes too, but no text mentions them. WORLD.md says why it is so.
 """
 
+import itertools
 import math
 import random
 import re
@@ -279,7 +280,11 @@ def sft_conversations(rng, people, known):
         attribute = rng.choice([a for a in PUBLIC if ("text", a) not in HELD_OUT_KINDS])
         conversations.append(conversation(rng, "text", people.draw(rng, "sft_unknown"), attribute))
     rng.shuffle(conversations)
-    return conversations
+    n_turns = iter(rng.choices([1, 2, 3], [6, 1, 1], k=len(conversations)))  # most ask one thing, some two or three
+    rest, grouped = iter(conversations), []
+    while group := sum(itertools.islice(rest, next(n_turns)), []):
+        grouped.append(group)
+    return grouped
 
 
 def comparisons(rng, people, known, n):

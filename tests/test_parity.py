@@ -17,6 +17,8 @@ from data import tokenizer
 from model import GPT, GPTConfig
 
 FAMILIES = ("llama", "qwen3")
+# Code points that Unicode gained lately are letters or digits to one library and nothing yet to another.
+ASSIGNED = st.characters(exclude_categories=["Cs", "Cn"])
 CASES = list(itertools.product(FAMILIES, (False, True), (False, True), (0, 1)))
 
 
@@ -137,7 +139,28 @@ def test_greedy_generation_equals_that_of_transformers_token_for_token(family):
 def prose(n_words=6000, n_distinct=700, seed=0):
     """Sentences of made-up words whose frequencies fall as 1/rank, with numbers, contractions, accents and line breaks."""
     rng = random.Random(seed)
-    syllables = ["ba", "be", "ti", "to", "ra", "re", "lo", "na", "su", "ma", "the", "an", "in", "er", "qu", "é", "ß", "st", "ши", "中"]
+    syllables = [
+        "ba",
+        "be",
+        "ti",
+        "to",
+        "ra",
+        "re",
+        "lo",
+        "na",
+        "su",
+        "ma",
+        "the",
+        "an",
+        "in",
+        "er",
+        "qu",
+        "é",
+        "ß",
+        "st",
+        "ши",
+        "中",
+    ]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(n_distinct)]
     chosen = rng.choices(words, [1 / (rank + 3) for rank in range(n_distinct)], k=n_words)
     marks = rng.choices([" ", ", ", ". ", "'s ", " 1987 ", "\n\n", "  ", " — ", "! "], [60, 8, 8, 4, 2, 2, 1, 1, 1], k=n_words)
@@ -193,7 +216,7 @@ def test_bpe_equals_brute_force_and_tiktokens_teaching_code_where_no_two_pairs_t
 
 
 @settings(deadline=None)
-@given(text=st.text())
+@given(text=st.lists(st.sampled_from(prose().split()[:300]) | st.text(ASSIGNED)).map(" ".join))
 def test_encoding_equals_tiktokens_teaching_code(trained, text):
     slow = tiktoken._educational.SimpleBytePairEncoding(pat_str=tokenizer.BPE_PATTERN, mergeable_ranks=trained.ranks)
     assert trained.encode(text) == slow.encode(text, visualise=None)

@@ -1,0 +1,50 @@
+# make              set up, then the whole recipe: world -> tokenizer -> pretrain -> SFT -> reward model -> PPO -> out/report.md
+# make test         set up, then the tests
+# make experiments  the claims over several seeds
+# make bench        speed
+# make clean        remove out/ and the default world; the virtual environment stays
+# Each stage reruns only when its script, the code it uses or its input changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+CORE := model.py common.py data/tokenizer.py
+WORLD := data/world/people.jsonl
+
+.PHONY: all test clean
+.DELETE_ON_ERROR:
+all: out/report.md
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/ready-test: requirements-test.txt $(VENV)/ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+$(WORLD): data/world.py data/tokenizer.py common.py | $(VENV)/ready
+	$(RUN) -m data.world
+
+out/base.pt: $(WORLD) pretrain.py $(CORE) | $(VENV)/ready
+	$(RUN) pretrain.py
+
+out/sft.pt: out/base.pt sft.py data/conversation.py | $(VENV)/ready
+	$(RUN) sft.py
+
+out/reward.pt: out/sft.pt reward.py | $(VENV)/ready
+	$(RUN) reward.py
+
+out/ppo.pt: out/reward.pt ppo.py | $(VENV)/ready
+	$(RUN) ppo.py
+
+out/report.md: out/ppo.pt evaluate.py | $(VENV)/ready
+	$(RUN) evaluate.py
+
+test: $(VENV)/ready-test
+	$(VENV)/bin/ruff check
+	$(RUN) -m pytest -q tests
+
+clean:
+	rm -rf out data/world

@@ -1,0 +1,147 @@
+"""Every stage from end to end on a tiny world: what it writes, that it repeats itself exactly, that it resumes exactly."""
+
+import json
+import math
+import os
+import signal
+import sys
+
+import pytest
+import torch
+
+import common
+import evaluate
+import ppo
+import pretrain
+import reward
+import sft
+from data import world
+
+STAGES = {"base": pretrain, "sft": sft, "reward": reward, "ppo": ppo}
+
+
+def run(module, flags):
+    """The module's main with {flag: value} as its command line."""
+    argv = [f"{module.__name__}.py"]
+    for name, value in flags.items():
+        argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    old, sys.argv = sys.argv, argv
+    try:
+        module.main()
+    finally:
+        sys.argv = old
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """{stage: its flags} for a chain of a few seconds, run once: checkpoints and logs lie at --out."""
+    folder = tmp_path_factory.mktemp("chain")
+    data, out = folder / "world", folder / "out"
+    run(world, dict(out=data, documents=400, vocab_size=500, comparisons=300, prompts=200))
+    common_flags = dict(device="cpu", seed=3, save_every=3)
+    flags = {
+        "base": dict(data=data, steps=8, batch_size=4, block_size=32, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, warmup=2, eval_every=4),
+        "sft": dict(init=out / "base.pt", data=data / "sft.jsonl", steps=8, batch_size=8, eval_every=4),
+        "reward": dict(init=out / "sft.pt", data=data / "preferences.jsonl", steps=8, batch_size=8, eval_every=4, calibration=16),
+        "ppo": dict(init=out / "sft.pt", reward=out / "reward.pt", data=data / "prompts.jsonl", steps=8, batch_size=8, minibatch_size=4,
+                    epochs=2, val_prompts=8, log_every=4, kl_target=1.0),
+    }  # fmt: skip
+    for stage, module in STAGES.items():
+        flags[stage] |= common_flags | dict(out=out / f"{stage}.pt")
+        run(module, flags[stage])
+    return flags
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_writes_a_checkpoint_and_a_finite_log(flags, stage):
+    path = flags[stage]["out"]
+    content = torch.load(path, weights_only=True)
+    assert content["stage"] == stage
+    assert content["made_by"]["config"]["steps"] == 8
+    records = [json.loads(line) for line in path.with_suffix(".jsonl").open()]
+    assert records[-1]["step"] == 8
+    assert all(math.isfinite(v) for r in records for v in r.values())
+    assert not path.with_name(path.name + ".resume").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_same_seed_gives_the_same_file(flags, stage, capsys):
+    path = flags[stage]["out"]
+    before = path.read_bytes()
+    run(STAGES[stage], flags[stage])
+    assert path.read_bytes() == before
+    printed = capsys.readouterr().out
+    assert "parameters" in printed and "device cpu" in printed
+
+
+def test_the_initial_loss_is_that_of_guessing(flags, capsys):
+    run(pretrain, flags["base"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("initial loss"))
+    initial, log_vocabulary = float(line.split()[2].rstrip(",")), float(line.split()[-1])
+    assert abs(initial - log_vocabulary) < 0.1
+
+
+def test_another_seed_gives_another_file(flags, tmp_path):
+    run(sft, flags["sft"] | dict(seed=4, out=tmp_path / "sft.pt"))
+    weights = [torch.load(p, weights_only=True)["weights"]["embed.weight"] for p in (tmp_path / "sft.pt", flags["sft"]["out"])]
+    assert not torch.equal(*weights)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_interrupted_and_resumed_run_ends_bit_identical(flags, stage, tmp_path, monkeypatch):
+    module, uninterrupted = STAGES[stage], torch.load(flags[stage]["out"], weights_only=True)["weights"]
+    mine = flags[stage] | dict(out=tmp_path / f"{stage}.pt")
+    real, calls = common.lr_factor, []
+
+    def interrupting(*args):  # stands where every stage passes once a step
+        calls.append(args)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(common, "lr_factor", interrupting)
+    with pytest.raises(SystemExit, match="stopped after step 5 of 8.*--resume"):
+        run(module, mine)
+    assert not mine["out"].exists()
+    run(module, mine | dict(resume=True))
+    resumed = torch.load(mine["out"], weights_only=True)["weights"]
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
+    steps = [json.loads(line)["step"] for line in mine["out"].with_suffix(".jsonl").open()]
+    assert steps == [json.loads(line)["step"] for line in flags[stage]["out"].with_suffix(".jsonl").open()]
+
+
+def test_resuming_with_other_settings_is_refused(flags, tmp_path, monkeypatch):
+    mine = flags["sft"] | dict(out=tmp_path / "sft.pt")
+    monkeypatch.setattr(common, "lr_factor", lambda *args: os.kill(os.getpid(), signal.SIGINT) or 1.0)
+    with pytest.raises(SystemExit):
+        run(sft, mine)
+    with pytest.raises(SystemExit, match="another --lr"):
+        run(sft, mine | dict(resume=True, lr=1.0))
+
+
+def test_a_python_function_can_be_the_reward(flags, tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text("def brevity(prompts, responses):\n    return [-float(len(r)) for r in responses]\n")
+    monkeypatch.chdir(tmp_path)
+    run(ppo, flags["ppo"] | dict(reward="my_rewards:brevity", out=tmp_path / "ppo.pt", steps=2))
+    records = [json.loads(line) for line in (tmp_path / "ppo.jsonl").open()]
+    assert records[0]["val_score"] < -1
+
+
+def test_the_report_is_written_with_all_stages_and_with_some(flags, tmp_path, capsys):
+    out = flags["base"]["out"].parent
+    run(evaluate, dict(out=out, data=flags["base"]["data"] / "people.jsonl", device="cpu"))
+    report = (out / "report.md").read_text()
+    assert "PPO" in report and (out / "curves.png").stat().st_size > 10_000
+    (tmp_path / "base.pt").write_bytes((out / "base.pt").read_bytes())
+    run(evaluate, dict(out=tmp_path, data=flags["base"]["data"] / "people.jsonl", device="cpu"))
+    assert "| PPO:" not in (tmp_path / "report.md").read_text()
+    with pytest.raises(SystemExit, match="below the floors"):
+        run(evaluate, dict(out=tmp_path, data=flags["base"]["data"] / "people.jsonl", device="cpu", check=True))
+
+
+def test_common_batches_cover_each_row_once_an_epoch():
+    batches = common.Batches(list(range(50)), 8, seed=0)
+    first = sorted(i for step in range(len(batches)) for i in batches[step])
+    assert len(first) == len(set(first)) == 48
+    again = common.Batches(list(range(50)), 8, seed=0)
+    assert (again[7] == batches[7]).all() and (again[2] == batches[2]).all()  # any order of asking

@@ -1,0 +1,130 @@
+"""The default world: who is known to whom, what is held out, and a grader that knows every fact."""
+
+import math
+import random
+import re
+
+import pytest
+
+import common
+from data import world
+
+
+@pytest.fixture(scope="module")
+def made():
+    """A world with little text: people, known, unknown, documents and the three conversation files."""
+    rng, people = random.Random(0), world.People(0)
+    known = [people.draw(rng, role) for role, n in world.KNOWN_ROLES.items() for _ in range(n)]
+    unknown = [people.draw(rng, role) for role, n in world.UNKNOWN_ROLES.items() for _ in range(n)]
+    documents = world.corpus(rng, people, known, 15000)
+    files = {
+        "sft": [m for conversation in world.sft_conversations(rng, people, known) for m in conversation],
+        "preferences": [m for pair in world.comparisons(rng, people, known, 1000) for m in pair["messages"]],
+        "prompts": [m for prompt in world.ppo_prompts(rng, people, known, 1000) for m in prompt["messages"]],
+    }
+    return {"people": people, "known": known, "unknown": unknown, "documents": documents, **files}
+
+
+def names_in(texts):
+    return {name for text in texts for name in re.findall(r"(?=\b([A-Z][a-z]+ [A-Z][a-z]+)\b)", text)}
+
+
+def names(people, *roles):
+    return {p["name"] for p in people if p["role"] in roles}
+
+
+def test_nobody_has_two_roles_and_every_name_is_unique(made):
+    drawn = made["people"].drawn
+    assert len({p["name"] for p in drawn}) == len(drawn)
+
+
+def test_text_tells_about_every_known_person_and_mentions_no_unknown_one(made):
+    mentioned = names_in(made["documents"])
+    assert names(made["known"], *world.KNOWN_ROLES) <= mentioned
+    assert not names(made["unknown"], *world.UNKNOWN_ROLES) & mentioned
+
+
+@pytest.mark.parametrize("name, may_use", [("sft", ["sft"]), ("preferences", ["rl"]), ("prompts", ["rl"])])
+def test_each_file_asks_only_about_its_own_known_people(made, name, may_use):
+    asked = names_in(m["content"] for m in made[name])
+    everybody = names(made["known"] + made["unknown"], *world.KNOWN_ROLES, *world.UNKNOWN_ROLES)
+    assert asked & everybody <= names(made["known"], *may_use)
+    assert asked & names(made["known"], *may_use)
+
+
+def test_unknown_people_of_the_ppo_prompts_are_asked_about_once(made):
+    fresh = names(made["people"].drawn, "rl_unknown")
+    asked = [n for m in made["prompts"] for n in names_in([m["content"]]) & fresh]
+    assert len(asked) > 300 and len(asked) == len(set(asked))
+
+
+def test_held_out_wordings_appear_in_no_training_data(made):
+    held_out, trained = set(), set()
+    for attribute in world.ATTRIBUTES:
+        held_out |= {*world.questions(attribute, True), *world.statements(attribute, True)}
+        trained |= {*world.questions(attribute), *world.statements(attribute)}
+    assert not held_out & trained
+    names_masked = [re.sub(r"[A-Z][a-z]+ [A-Z][a-z]+", "{x}", d) for d in made["documents"]]
+    names_masked += [re.sub(r"[A-Z][a-z]+ [A-Z][a-z]+", "{x}", m["content"]) for f in ("sft", "preferences", "prompts") for m in made[f]]
+    values = "|".join(v for values, *_ in world.ATTRIBUTES.values() for v in values)
+    sentences = {s for d in names_masked for line in d.split("\n") for s in re.sub(rf"\b({values})\b", "{v}", line).replace("Q: ", "").split(". ")}
+    found = {s.rstrip(".") for s in sentences}
+    assert not {h.rstrip(".") for h in held_out} & found
+    assert len({t.rstrip(".") for t in trained} & found) > 0.9 * len(trained)  # the search would find them
+
+
+def test_names_alone_do_not_tell_known_from_unknown_people():
+    """Naive Bayes on the two parts of the name, trained on one half and tried on the other: AUROC 0.5 +- 0.03."""
+    rng, people = random.Random(0), world.People(0)
+    known = [people.draw(rng, "known")["name"].split() for _ in range(1000)]
+    unknown = [people.draw(rng, "unknown")["name"].split() for _ in range(9000)]
+
+    def share(names, part, position):
+        return (sum(n[position] == part for n in names) + 1) / (len(names) + 160)
+
+    def score(name):
+        return sum(math.log(share(known[::2], part, i) / share(unknown[::2], part, i)) for i, part in enumerate(name))
+
+    a, b = [score(n) for n in known[1::2]], [score(n) for n in unknown[1::10]]
+    auroc = sum((x > y) + 0.5 * (x == y) for x in a for y in b) / (len(a) * len(b))
+    assert abs(auroc - 0.5) <= 0.03
+
+
+def test_the_grader_finds_the_fact_of_every_question(tmp_path, made):
+    common.write_jsonl(tmp_path / "people.jsonl", made["people"].drawn)
+    grader = world.Grader(tmp_path / "people.jsonl")
+    for m in made["prompts"]:
+        person, attribute = grader.fact(m["content"])
+        assert person["name"] in m["content"]
+        assert m["content"] in [world.say(q, person, attribute) for q in world.questions(attribute)]
+    with pytest.raises(ValueError, match="not a question of this world"):
+        grader.fact("Where was Nobody Atall born?")
+
+
+@pytest.mark.parametrize(
+    "answer, grade",
+    [("baker.", "right"), ("baker is the answer.", "right"), ("pilot.", "wrong"), ("baker pilot.", "wrong"), ("I do not know.", "idk"),
+     ("That is private.", "refusal"), ("cello.", "other"), ("", "other"), ("bakers", "other")],
+)  # fmt: skip
+def test_grades(answer, grade):
+    assert world.grade({"name": "A B", "job": "baker"}, "job", answer) == grade
+
+
+def test_the_labeller_prefers_as_bradley_terry_says():
+    """The share of labels in favour of the more useful answer is the mean of sigmoid(LABELLER gap)."""
+    rng, people = random.Random(1), world.People(1)
+    known = [people.draw(rng, "rl") for _ in range(50)]
+    by_name = {p["name"]: p for p in known}
+    agree, expected = [], []
+    for pair in world.comparisons(rng, people, known, 4000):
+        name = next(iter(names_in([pair["messages"][0]["content"]])), None)
+        if name not in by_name:
+            continue
+        person = by_name[name]
+        attribute = next(a for a in world.ATTRIBUTES if pair["messages"][0]["content"] in [world.say(q, person, a) for q in world.questions(a)])
+        gap = world.utility(attribute, world.grade(person, attribute, pair["chosen"]))
+        gap -= world.utility(attribute, world.grade(person, attribute, pair["rejected"]))
+        agree.append(gap > 0)
+        expected.append(1 / (1 + math.exp(-world.LABELLER * abs(gap))))
+    assert abs(sum(agree) / len(agree) - sum(expected) / len(expected)) < 0.01
+    assert sum(agree) < len(agree)  # noisy, not perfect
