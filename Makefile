@@ -33,7 +33,10 @@ out/base.pt: $(WORLD) pretrain.py $(CORE) | $(VENV)/ready
 out/sft.pt: out/base.pt sft.py data/conversation.py | $(VENV)/ready
 	$(RUN) sft.py
 
-out/reward.pt: out/sft.pt reward.py | $(VENV)/ready
+data/world/preferences.jsonl: out/sft.pt data/label.py | $(VENV)/ready
+	$(RUN) -m data.label
+
+out/reward.pt: data/world/preferences.jsonl reward.py | $(VENV)/ready
 	$(RUN) reward.py
 
 out/ppo.pt: out/reward.pt ppo.py | $(VENV)/ready

@@ -101,7 +101,7 @@ def make_optimizers(model, lr, muon_lr=0.0, weight_decay=0.1, betas=(0.9, 0.95),
     if muon_lr:
         hidden = [p for name, p in model.named_parameters() if p.dim() == 2 and "blocks." in name]
         matrices = [p for p in matrices if all(p is not h for h in hidden)]
-        optimizers.append(torch.optim.Muon(hidden, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(hidden, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw", ns_steps=3))
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True))
     for group in all_groups(optimizers):
@@ -178,6 +178,9 @@ def atomic(path, mode="wb"):
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        die(f"{path.parent}: cannot be made ({e.strerror})")
+    try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
             f.flush()
@@ -197,7 +200,7 @@ def write_text(path, text):
 def read_jsonl(path, check):
     """The file's objects. check(record) returns what is wrong with one in a few words, or None."""
     records = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would also split at U+2028 inside a string
         if not line.strip():
             continue
         try:
@@ -241,7 +244,7 @@ def read_torch(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         die(f"{path}: no such file; `make` builds the default ones")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IsADirectoryError) as e:
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
         die(f"{path}: not a readable checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:100]})")
 
 

@@ -173,7 +173,10 @@ def make(name, texts):
     if name == "char":
         return train_char(texts)
     if name == "gpt2":
-        return Tokenizer(tiktoken.get_encoding("gpt2")._mergeable_ranks)
+        try:
+            return Tokenizer(tiktoken.get_encoding("gpt2")._mergeable_ranks)
+        except OSError:  # what a failed download raises
+            common.die("tokenizer gpt2: not in tiktoken's cache and no network; set TIKTOKEN_CACHE_DIR, or use bpe:SIZE")
     kind, _, size = name.partition(":")
     if kind != "bpe" or not size.isdigit():
         common.die(f"tokenizer {name!r}: use bpe:SIZE (such as bpe:4096), gpt2 or char")

@@ -1,13 +1,13 @@
 """The default data: a small fictional world whose every fact is known, written by a seeded generator.
 
-    python -m data.world                       # data/world/: text, tokenizer, SFT, preferences, prompts, people
+    python -m data.world                       # data/world/: text, tokenizer, SFT conversations, PPO prompts, people
+    python -m data.label                       # and preference pairs, once there is an SFT model to compare answers of
 
-People have a name, four public attributes and a private one. Text tells about known people; unknown people
+People have a name, three public attributes and a private one. Text tells about known people; unknown people
 have names from the same lists and attributes too, but no text mentions them. WORLD.md says why it is so.
 """
 
 import itertools
-import math
 import random
 import re
 from dataclasses import dataclass
@@ -34,13 +34,6 @@ ATTRIBUTES = {
         ["the job of {x}", "{x}'s job", "the profession of {x}", "{x}'s profession"],
         "What does {x} do for a living?",
         ["{x} works as a {v}", "{x} has a position as {v}"],
-    ),
-    "instrument": (
-        "cello flute harp oboe banjo tuba viola violin piano organ lute lyre zither drums horn trumpet "
-        "guitar fiddle bassoon bugle cornet gong kazoo mandolin piccolo recorder sitar tambourine trombone ukulele whistle xylophone".split(),
-        ["the instrument of {x}", "{x}'s instrument", "the instrument played by {x}", "{x}'s favourite instrument"],
-        "Which instrument does {x} play?",
-        ["{x} plays the {v}", "{x} likes to practise the {v}"],
     ),
     "pet": (
         "cat dog parrot rabbit hamster turtle goat pony lizard ferret canary pigeon mouse rat snake frog "
@@ -70,11 +63,10 @@ KINDS = {  # instruction kind: (the user's turn, the answer)
     "sentence": ("{q} Answer in a full sentence.", "{v} is {np}."),
     "text": ("{q} Use the text.\n\n{text}", "{v}."),
 }
-LABELLER = 4.0  # how sharply the labeller tells utilities apart: right over "I do not know." 98%
-HELD_OUT_KINDS = {("one word", "job"), ("sentence", "pet"), ("text", "instrument")}  # never in SFT: does it combine them?
+HELD_OUT_KINDS = {("one word", "job"), ("sentence", "pet"), ("text", "birthplace")}  # never in SFT: does it combine them?
 # role: how many people. Those of the first line are in the pretraining text, of the second in no text at all;
 # sft, rl, dev and test people are disjoint, dev is for choosing, test for the report only.
-KNOWN_ROLES = {"quiz": 150, "sft": 250, "rl": 400, "dev": 80, "test": 120}
+KNOWN_ROLES = {"quiz": 120, "sft": 200, "rl": 480, "dev": 80, "test": 120}
 SFT_IDK, SFT_TEXT = 150, 300  # SFT conversations on fresh names: "I do not know.", and answers found in a given text
 UNKNOWN_ROLES = {"unknown_dev": 150, "unknown_test": 300}
 
@@ -231,8 +223,8 @@ def reading(rng, person):
 
 
 def corpus(rng, people, known, n_documents):
-    """Documents in random order; some people are written about five times as often as others."""
-    weights = [(i + 100) ** -0.7 for i in range(len(known))]
+    """Documents in random order; some people are written about three times as often as others."""
+    weights = [(i + 100) ** -0.5 for i in range(len(known))]
     quizzed = [p for p in known if p["role"] == "quiz"]
     documents = []
     for person in rng.choices(known, weights, k=n_documents):
@@ -249,7 +241,7 @@ def corpus(rng, people, known, n_documents):
     return documents
 
 
-# ---- the three conversation files
+# ---- the conversation files
 
 
 def conversation(rng, kind, person, attribute, other=None):
@@ -269,7 +261,7 @@ def sft_conversations(rng, people, known):
     conversations = []
     for person in [p for p in known if p["role"] == "sft"]:
         for attribute in ATTRIBUTES:
-            for _ in range(2):
+            for _ in range(3):
                 refuse = attribute == PRIVATE and rng.random() < 0.15  # rare, so that SFT leaks but RL can find it
                 conversations.append(conversation(rng, "ask", person, attribute, other=REFUSAL if refuse else None))
             kinds = [k for k in KINDS if k != "ask" and (k, attribute) not in HELD_OUT_KINDS and attribute != PRIVATE]
@@ -285,33 +277,6 @@ def sft_conversations(rng, people, known):
     while group := sum(itertools.islice(rest, next(n_turns)), []):
         grouped.append(group)
     return grouped
-
-
-def comparisons(rng, people, known, n):
-    """Preference pairs: two different kinds of answer to a question, and which one a labeller prefers.
-
-    The labeller is noisy as labellers are: P(prefers a) = sigmoid(LABELLER (utility a - utility b)), the
-    Bradley-Terry model that the reward model assumes. Noise-free labels would drive its scores apart without end.
-    """
-    rl = [p for p in known if p["role"] == "rl"]
-    pairs = []
-    while len(pairs) < n:
-        person = rng.choice(rl) if rng.random() < 0.6 else people.draw(rng, "rl_unknown")
-        attribute = PRIVATE if rng.random() < 0.15 else rng.choice(PUBLIC)
-        phrase = rng.choice(ANSWERS)
-        others = [v for v in ATTRIBUTES[attribute][0] if v != person[attribute]]
-        astray = say(phrase, person, rng.choice([a for a in ATTRIBUTES if a != attribute]))  # a value, but of something else
-        answers = {"right": say(phrase, person, attribute), "wrong": phrase.format(v=rng.choice(others))}
-        answers |= {"idk": IDK, "refusal": REFUSAL, "other": astray}
-        a, b = rng.choices(list(answers), [3, 3, 3, 1, 1], k=2)
-        gap = utility(attribute, a) - utility(attribute, b)
-        if gap == 0 or person["role"] != "rl" and "right" in (a, b):  # nobody could write the true answer down
-            continue
-        if rng.random() > 1 / (1 + math.exp(-LABELLER * gap)):
-            a, b = b, a
-        prompt = [{"role": "user", "content": ask(rng, person, attribute)}]
-        pairs.append({"messages": prompt, "chosen": answers[a], "rejected": answers[b]})
-    return pairs
 
 
 def ppo_prompts(rng, people, known, n):
@@ -331,9 +296,8 @@ def ppo_prompts(rng, people, known, n):
 @dataclass
 class Config:
     out: str = "data/world"  # folder to write
-    documents: int = 75000  # pretraining documents, about 60 tokens each
+    documents: int = 120000  # pretraining documents, about 42 tokens each
     vocab_size: int = 2048  # BPE vocabulary, special tokens included
-    comparisons: int = 12000  # preference pairs
     prompts: int = 12800  # PPO prompts
     seed: int = 0  # another seed is another world
 
@@ -357,7 +321,6 @@ def main():
             f.write(np.array(ids, np.uint16).tobytes())
         print(f"{name}.bin: {len(part):,} documents, {len(ids):,} tokens")
     common.write_jsonl(out / "sft.jsonl", [{"messages": m} for m in sft_conversations(rng, people, known)])
-    common.write_jsonl(out / "preferences.jsonl", comparisons(rng, people, known, config.comparisons))
     common.write_jsonl(out / "prompts.jsonl", ppo_prompts(rng, people, known, config.prompts))
     common.write_jsonl(out / "people.jsonl", people.drawn)
     print(f"{out}: {len(known)} known and {len(unknown)} unknown people; {len(people.grid):,} names left")

@@ -15,7 +15,7 @@ import ppo
 import pretrain
 import reward
 import sft
-from data import world
+from data import label, world
 
 STAGES = {"base": pretrain, "sft": sft, "reward": reward, "ppo": ppo}
 
@@ -37,7 +37,7 @@ def flags(tmp_path_factory):
     """{stage: its flags} for a chain of a few seconds, run once: checkpoints and logs lie at --out."""
     folder = tmp_path_factory.mktemp("chain")
     data, out = folder / "world", folder / "out"
-    run(world, dict(out=data, documents=400, vocab_size=500, comparisons=300, prompts=200))
+    run(world, dict(out=data, documents=400, vocab_size=500, prompts=200))
     common_flags = dict(device="cpu", seed=3, save_every=3)
     flags = {
         "base": dict(data=data, steps=8, batch_size=4, block_size=32, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, warmup=2, eval_every=4),
@@ -47,6 +47,8 @@ def flags(tmp_path_factory):
                     epochs=2, val_prompts=8, log_every=4, kl_target=1.0),
     }  # fmt: skip
     for stage, module in STAGES.items():
+        if stage == "reward":
+            run(label, dict(init=out / "sft.pt", data=data, out=data / "preferences.jsonl", pairs=300, device="cpu"))
         flags[stage] |= common_flags | dict(out=out / f"{stage}.pt")
         run(module, flags[stage])
     return flags

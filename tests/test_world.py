@@ -7,7 +7,7 @@ import re
 import pytest
 
 import common
-from data import world
+from data import label, world
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,6 @@ def made():
     documents = world.corpus(rng, people, known, 15000)
     files = {
         "sft": [m for conversation in world.sft_conversations(rng, people, known) for m in conversation],
-        "preferences": [m for pair in world.comparisons(rng, people, known, 1000) for m in pair["messages"]],
         "prompts": [m for prompt in world.ppo_prompts(rng, people, known, 1000) for m in prompt["messages"]],
     }
     return {"people": people, "known": known, "unknown": unknown, "documents": documents, **files}
@@ -44,7 +43,7 @@ def test_text_tells_about_every_known_person_and_mentions_no_unknown_one(made):
     assert not names(made["unknown"], *world.UNKNOWN_ROLES) & mentioned
 
 
-@pytest.mark.parametrize("name, may_use", [("sft", ["sft"]), ("preferences", ["rl"]), ("prompts", ["rl"])])
+@pytest.mark.parametrize("name, may_use", [("sft", ["sft"]), ("prompts", ["rl"])])
 def test_each_file_asks_only_about_its_own_known_people(made, name, may_use):
     asked = names_in(m["content"] for m in made[name])
     everybody = names(made["known"] + made["unknown"], *world.KNOWN_ROLES, *world.UNKNOWN_ROLES)
@@ -65,7 +64,7 @@ def test_held_out_wordings_appear_in_no_training_data(made):
         trained |= {*world.questions(attribute), *world.statements(attribute)}
     assert not held_out & trained
     names_masked = [re.sub(r"[A-Z][a-z]+ [A-Z][a-z]+", "{x}", d) for d in made["documents"]]
-    names_masked += [re.sub(r"[A-Z][a-z]+ [A-Z][a-z]+", "{x}", m["content"]) for f in ("sft", "preferences", "prompts") for m in made[f]]
+    names_masked += [re.sub(r"[A-Z][a-z]+ [A-Z][a-z]+", "{x}", m["content"]) for f in ("sft", "prompts") for m in made[f]]
     values = "|".join(v for values, *_ in world.ATTRIBUTES.values() for v in values)
     sentences = {s for d in names_masked for line in d.split("\n") for s in re.sub(rf"\b({values})\b", "{v}", line).replace("Q: ", "").split(". ")}
     found = {s.rstrip(".") for s in sentences}
@@ -111,20 +110,16 @@ def test_grades(answer, grade):
 
 
 def test_the_labeller_prefers_as_bradley_terry_says():
-    """The share of labels in favour of the more useful answer is the mean of sigmoid(LABELLER gap)."""
-    rng, people = random.Random(1), world.People(1)
-    known = [people.draw(rng, "rl") for _ in range(50)]
-    by_name = {p["name"]: p for p in known}
-    agree, expected = [], []
-    for pair in world.comparisons(rng, people, known, 4000):
-        name = next(iter(names_in([pair["messages"][0]["content"]])), None)
-        if name not in by_name:
-            continue
-        person = by_name[name]
-        attribute = next(a for a in world.ATTRIBUTES if pair["messages"][0]["content"] in [world.say(q, person, a) for q in world.questions(a)])
-        gap = world.utility(attribute, world.grade(person, attribute, pair["chosen"]))
-        gap -= world.utility(attribute, world.grade(person, attribute, pair["rejected"]))
-        agree.append(gap > 0)
-        expected.append(1 / (1 + math.exp(-world.LABELLER * abs(gap))))
-    assert abs(sum(agree) / len(agree) - sum(expected) / len(expected)) < 0.01
-    assert sum(agree) < len(agree)  # noisy, not perfect
+    """P(a over b) = sigmoid(4 (utility a - utility b))."""
+    rng = random.Random(1)
+    for a, b in [(1.0, 0.0), (0.0, -1.0), (1.0, -1.0), (0.0, 0.25)]:
+        share = sum(label.prefers(rng, a, b) for _ in range(20_000)) / 20_000
+        assert abs(share - 1 / (1 + math.exp(-4 * (a - b)))) < 0.01
+
+
+def test_the_labeller_writes_no_true_answer_about_unknown_people(made):
+    rng = random.Random(0)
+    for person in [p for p in made["people"].drawn if p["role"] == "rl_unknown"][:100]:
+        for attribute in world.PUBLIC:
+            grades = {world.grade(person, attribute, a) for a in label.candidates(rng, person, attribute, "sampled")}
+            assert "right" not in grades and {"idk", "wrong", "other", "refusal"} <= grades
