@@ -304,7 +304,7 @@ def main():
     if "ppo" in models and len(validations) >= 2:
         before, after = validations[0], validations[-1]
         se = (before["val_score_se"] ** 2 + after["val_score_se"] ** 2) ** 0.5
-        results["ppo_score_gain_in_se"] = (after["val_score"] - before["val_score"]) / se
+        results["ppo_score_gain_in_se"] = (after["val_score"] - before["val_score"]) / se if se else 0.0
         results["ppo_kl_below_15"] = float(after["val_kl_ref"] < 15)
         facts = all_facts(known + unknown)
         sampled = answers(models["ppo"], tokenizer, [world.ask(rng, *fact) for fact in facts], 1.0)

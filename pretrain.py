@@ -46,17 +46,16 @@ class Config:
     seed: int = 0  # weights and batch order
 
 
-def load_stream(folder, name, vocab_size):
+def load_stream(folder, name, tokenizer):
     """Token ids of <folder>/<name>.bin, memory-mapped: (N,)."""
     path = Path(folder) / f"{name}.bin"
-    dtype = np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
     if not path.exists():
         common.die(f"{path}: no such file; `python -m data.world` or `python -m data.fetch` makes it")
-    if path.stat().st_size == 0 or path.stat().st_size % dtype.itemsize:
-        common.die(f"{path}: {path.stat().st_size} bytes are no whole number of {dtype} ids; make it again")
-    stream = np.memmap(path, dtype, mode="r")
-    if stream.max() >= vocab_size:
-        common.die(f"{path}: holds id {stream.max()}, the tokenizer has {vocab_size}; both must come from one run")
+    if path.stat().st_size == 0 or path.stat().st_size % tokenizer.id_type.itemsize:
+        common.die(f"{path}: {path.stat().st_size} bytes are no whole number of {tokenizer.id_type} ids; make it again")
+    stream = np.memmap(path, tokenizer.id_type, mode="r")
+    if stream.max() >= tokenizer.vocab_size:
+        common.die(f"{path}: holds id {stream.max()}, the tokenizer has {tokenizer.vocab_size}; both must come from one run")
     return stream
 
 
@@ -114,8 +113,8 @@ def main():
     config = common.parse_config(Config, __doc__)
     device = common.setup(config)
     tokenizer = data.tokenizer.load(Path(config.data) / "tokenizer.tiktoken")
-    train = load_stream(config.data, "train", tokenizer.vocab_size)
-    val = load_stream(config.data, "val", tokenizer.vocab_size)
+    train = load_stream(config.data, "train", tokenizer)
+    val = load_stream(config.data, "val", tokenizer)
     T = config.block_size
     if len(val) <= T or len(train) <= 2 * T:
         common.die(f"{config.data}: {len(train)} training and {len(val)} validation tokens are too few for --block_size {T}")

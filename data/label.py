@@ -11,8 +11,6 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 import common
 from data import conversation, world
 from model import GPT

@@ -181,10 +181,6 @@ def make_tokenizer(name, source, sample_mb):
 # ---- tokens
 
 
-def id_type(tokenizer):
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
-
-
 def start_worker(tokenizer_text):
     global tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
@@ -201,7 +197,7 @@ def write_part(path, pieces):
     """Tokenizes [(text, whether a document ends there)] into a file; runs in a worker."""
     with common.atomic(path) as f:
         for text, ends in pieces:
-            f.write(np.array(tokenizer.encode(text) + [tokenizer.end] * ends, id_type(tokenizer)).tobytes())
+            f.write(np.array(tokenizer.encode(text) + [tokenizer.end] * ends, tokenizer.id_type).tobytes())
 
 
 def write_parts(source, folder, tokenizer, workers):
@@ -249,7 +245,7 @@ def write(source, out, tokenizer_name, val_share, sample_mb, workers):
         common.write_text(parts / "tokenizer.tiktoken", tokenizer.dumps())
     paths, n_chars = write_parts(source, parts, tokenizer, workers)
 
-    dtype = id_type(tokenizer)
+    dtype = tokenizer.id_type
     total = sum(path.stat().st_size for path in paths) // dtype.itemsize
     n_train = max(int(total * 0.9), total - MAX_VAL) if val_share is None else int(total * (1 - val_share))
     if not 0 < n_train < total:

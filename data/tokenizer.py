@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import regex
 import tiktoken
 from tqdm import tqdm
@@ -48,6 +49,7 @@ class Tokenizer:
         pattern, specials = self.rules["pattern"], self.rules["special_tokens"]
         self.encoding = tiktoken.Encoding("threefold", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
         self.vocab_size = len(ranks) + len(specials)
+        self.id_type = np.dtype(np.uint16 if self.vocab_size <= 65536 else np.uint32)  # of ids in a .bin file
         self.end, self.user, self.assistant, self.system, self.pad = (specials[name] for name in SPECIAL_TOKENS)
 
     def encode(self, text):

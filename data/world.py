@@ -283,7 +283,7 @@ def ppo_prompts(rng, people, known, n):
     """Questions only: known people of the rl role, and unknown ones, each unknown one just once."""
     rl = [p for p in known if p["role"] == "rl"]
     prompts = []
-    for i in range(n):
+    for _ in range(n):
         person = rng.choice(rl) if rng.random() < 0.6 else people.draw(rng, "rl_unknown")
         attribute = PRIVATE if rng.random() < 0.15 else rng.choice(PUBLIC)
         prompts.append({"messages": [{"role": "user", "content": ask(rng, person, attribute)}]})
@@ -318,7 +318,7 @@ def main():
     for name, part in ("val", documents[:n_val]), ("train", documents[n_val:]):
         ids = [i for d in tqdm(part, desc=f"{name}.bin", disable=None) for i in tokenizer.encode(d) + [tokenizer.end]]
         with common.atomic(out / f"{name}.bin") as f:
-            f.write(np.array(ids, np.uint16).tobytes())
+            f.write(np.array(ids, tokenizer.id_type).tobytes())
         print(f"{name}.bin: {len(part):,} documents, {len(ids):,} tokens")
     common.write_jsonl(out / "sft.jsonl", [{"messages": m} for m in sft_conversations(rng, people, known)])
     common.write_jsonl(out / "prompts.jsonl", ppo_prompts(rng, people, known, config.prompts))
