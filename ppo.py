@@ -13,6 +13,7 @@ True where token t+1 is part of the response, its end token included. tokens its
 
 import copy
 import importlib
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Config:
     data: str = "data/world/prompts.jsonl"  # prompts, one a line
     out: str = "out/ppo.pt"  # checkpoint to write
     resume: bool = False  # continue an interrupted run from <out>.resume
-    steps: int = 80  # iterations of rollout and update
+    steps: int = 100  # iterations of rollout and update
     batch_size: int = 128  # episodes an iteration
     minibatch_size: int = 64  # episodes an optimizer step
     micro_batch_size: int = 64  # episodes a forward pass, for GPUs that cannot hold a minibatch; changes no result
@@ -219,11 +220,12 @@ def update(policy, critic, optimizers, batch, lr_factor, config):
                 log_ratio = (logprobs - b["logprobs"]).detach()
                 approx_kl = masked_mean(log_ratio.exp() - 1 - log_ratio, b["mask"])  # k3, from the rollout's policy
                 clip_fraction = masked_mean(((log_ratio.exp() - 1).abs() > config.clip).float(), b["mask"])
-                diagnostics.append(torch.stack([pg_loss.detach(), v_loss.detach(), approx_kl, clip_fraction]))
+                diagnostics.append(torch.stack([pg_loss.detach(), v_loss.detach(), approx_kl, clip_fraction]) * share)
             for model, optimizer in zip((policy, critic), optimizers):
                 common.optimizer_step(model, [optimizer], lr_factor)
     names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction")
-    return dict(zip(names, torch.stack(diagnostics).mean(0).tolist()))
+    n_steps = config.epochs * math.ceil(len(batch["tokens"]) / config.minibatch_size)
+    return dict(zip(names, (torch.stack(diagnostics).sum(0) / n_steps).tolist()))
 
 
 class State:

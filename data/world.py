@@ -67,7 +67,7 @@ HELD_OUT_KINDS = {("one word", "job"), ("sentence", "pet"), ("text", "birthplace
 # role: how many people. Those of the first line are in the pretraining text, of the second in no text at all;
 # sft, rl, dev and test people are disjoint, dev is for choosing, test for the report only.
 KNOWN_ROLES = {"quiz": 120, "sft": 200, "rl": 480, "dev": 80, "test": 120}
-SFT_IDK, SFT_TEXT = 150, 300  # SFT conversations on fresh names: "I do not know.", and answers found in a given text
+SFT_IDK, SFT_TEXT = 50, 300  # SFT conversations on fresh names: "I do not know.", and answers found in a given text
 UNKNOWN_ROLES = {"unknown_dev": 150, "unknown_test": 300}
 
 
@@ -265,7 +265,7 @@ def sft_conversations(rng, people, known):
                 refuse = attribute == PRIVATE and rng.random() < 0.15  # rare, so that SFT leaks but RL can find it
                 conversations.append(conversation(rng, "ask", person, attribute, other=REFUSAL if refuse else None))
             kinds = [k for k in KINDS if k != "ask" and (k, attribute) not in HELD_OUT_KINDS and attribute != PRIVATE]
-            conversations += [conversation(rng, kind, person, attribute) for kind in kinds if rng.random() < 0.6]
+            conversations += [conversation(rng, kind, person, attribute) for kind in kinds * 2]
     for _ in range(SFT_IDK):
         conversations.append(conversation(rng, "ask", people.draw(rng, "sft_unknown"), rng.choice(PUBLIC), other=IDK))
     for _ in range(SFT_TEXT):
@@ -298,7 +298,7 @@ class Config:
     out: str = "data/world"  # folder to write
     documents: int = 120000  # pretraining documents, about 42 tokens each
     vocab_size: int = 2048  # BPE vocabulary, special tokens included
-    prompts: int = 12800  # PPO prompts
+    prompts: int = 13400  # PPO prompts
     seed: int = 0  # another seed is another world
 
 

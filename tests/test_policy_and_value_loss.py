@@ -1,0 +1,157 @@
+"""PPO's two losses (arXiv 1707.06347): their values against loops, their gradients against finite differences in float64."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import ppo
+import tiny
+
+CLIP = 0.2
+
+
+def actions(seed=0):
+    """A batch (4, 6), float64: half of the ratios beyond the clip on either side, and all kinks at least 0.02 away."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(choices):
+        return torch.tensor(choices, dtype=torch.float64)[torch.randint(len(choices), (4, 6), generator=generator)]
+
+    mask = torch.arange(6) < torch.tensor([6, 1, 4, 3])[:, None]
+    old = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    return old + draw([-0.6, -0.1, 0.1, 0.6]), old, draw([-2.0, -0.5, 0.7, 1.5]), mask
+
+
+def gradient(loss, x):
+    return torch.autograd.grad(loss(x.requires_grad_()), x)[0]
+
+
+def finite_differences(loss, x, h=1e-6):
+    """(loss(x + h e) - loss(x - h e)) / 2h for every entry."""
+    slopes = torch.zeros_like(x)
+    for i in range(x.numel()):
+        step = torch.zeros(x.numel(), dtype=x.dtype)
+        step[i] = h
+        step = step.view(x.shape)
+        slopes.view(-1)[i] = (loss(x + step) - loss(x - step)) / (2 * h)
+    return slopes
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_policy_loss_is_the_mean_of_the_clipped_surrogate(seed):
+    """L = -1/N sum min(A rho, A clip(rho, 1 - eps, 1 + eps)), rho = pi / pi_old (equation 7), over the response's tokens alone."""
+    logprobs, old, advantages, mask = actions(seed)
+    terms = []
+    for new, before, a, trains in zip(*(x.flatten().tolist() for x in (logprobs, old, advantages, mask))):
+        if trains:
+            ratio = math.exp(new - before)
+            terms.append(min(a * ratio, a * min(max(ratio, 1 - CLIP), 1 + CLIP)))
+    assert ppo.policy_loss(logprobs, old, advantages, mask, CLIP).item() == pytest.approx(-sum(terms) / len(terms))
+
+    def loss(x):
+        return ppo.policy_loss(x, old, advantages, mask, CLIP)
+
+    torch.testing.assert_close(gradient(loss, logprobs), finite_differences(loss, logprobs.detach()), atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_value_loss_is_the_worse_of_the_plain_and_the_clipped_error(seed):
+    """L = 1/2N sum max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2): OpenAI baselines' ppo2, where V_old is the rollout's."""
+    values, old_values, returns, mask = actions(seed)
+    terms = []
+    for v, before, r, trains in zip(*(x.flatten().tolist() for x in (values, old_values, returns, mask))):
+        if trains:
+            terms.append(max((v - r) ** 2, (min(max(v, before - CLIP), before + CLIP) - r) ** 2))
+    assert ppo.value_loss(values, old_values, returns, mask, CLIP).item() == pytest.approx(sum(terms) / len(terms) / 2)
+
+    def loss(x):
+        return ppo.value_loss(x, old_values, returns, mask, CLIP)
+
+    torch.testing.assert_close(gradient(loss, values), finite_differences(loss, values.detach()), atol=1e-8, rtol=0)
+
+
+def test_clipped_actions_and_pads_get_exactly_no_gradient():
+    """A policy gets none where the ratio has left 1 +- eps in the direction that the advantage asks for, a value
+    none where it has moved toward the return by more than eps; all other actions get some."""
+    logprobs, old, advantages, mask = actions()
+    ratio = torch.exp(logprobs - old)
+    clipped = torch.where(advantages > 0, ratio > 1 + CLIP, ratio < 1 - CLIP)
+    assert (clipped & mask).any() and (~clipped & mask).any()
+    slopes = gradient(lambda x: ppo.policy_loss(x, old, advantages, mask, CLIP), logprobs)
+    assert torch.equal(slopes != 0, mask & ~clipped)
+
+    values, old_values, returns, mask = actions()
+    moved = values - old_values
+    clipped = (moved.abs() > CLIP) & ((values - returns).abs() < (old_values + moved.sign() * CLIP - returns).abs())
+    assert (clipped & mask).any() and (~clipped & mask).any()
+    slopes = gradient(lambda x: ppo.value_loss(x, old_values, returns, mask, CLIP), values)
+    assert torch.equal(slopes != 0, mask & ~clipped)
+
+
+# ---- through the model
+
+
+CONFIG = ppo.Config(batch_size=16, minibatch_size=8, micro_batch_size=8, epochs=2, max_new_tokens=6, temperature=0.7, no_end_score=-1.0)
+
+
+def experience():
+    """Policy, critic and a whole rollout of 16 responses, 1 to 6 tokens long, to prompts of 1 to 5 tokens."""
+    torch.manual_seed(0)
+    policy, ref = tiny.gpt(vocab_size=5), tiny.gpt(vocab_size=5)
+    critic = tiny.critic(policy)
+    prompts = [torch.randint(5, (1 + i % 5,)).tolist() for i in range(16)]
+
+    def score(tokens, mask, texts, responses):
+        return torch.randn(len(texts))
+
+    batch, _, _ = ppo.rollout(policy, ref, critic, score, prompts, prompts, tiny.EnumerableTokenizer(), CONFIG)
+    rewards = ppo.token_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], batch["mask"], 0.05)
+    advantages, batch["returns"] = ppo.gae(rewards, batch["values"], batch["mask"], 1.0, 0.95)
+    batch["advantages"] = ppo.whiten(advantages, batch["mask"])
+    assert len(set(batch["mask"].sum(1).tolist())) > 2  # lengths differ, or a mean of means would be the mean
+    return policy, critic, batch
+
+
+@tiny.in_precision(torch.float32)
+def test_at_ratio_1_the_policy_gradient_is_reinforces():
+    """grad L = -1/N sum_t A_t grad log pi(a_t | s_t) (equation 1), for every weight of the model."""
+    policy, _, batch = experience()
+    tokens, mask, advantages = batch["tokens"], batch["mask"], batch["advantages"]
+    logprobs, _ = ppo.response_logprobs(policy, tokens, mask, CONFIG.temperature)
+    loss = ppo.policy_loss(logprobs, batch["logprobs"], advantages, mask, CLIP)
+    ppo_gradients = torch.autograd.grad(loss, list(policy.parameters()))
+
+    objective = 0.0
+    for i, t in mask.nonzero().tolist():  # each action from a forward pass of its own, without pads
+        logits = policy(tokens[i : i + 1, : t + 1])[0, -1] / CONFIG.temperature  # (V,)
+        objective = objective - advantages[i, t] * logits.log_softmax(0)[tokens[i, t + 1]]
+    reinforce = torch.autograd.grad(objective / mask.sum(), list(policy.parameters()))
+    assert sum(g.square().sum() for g in reinforce) > 1e-3
+    torch.testing.assert_close(ppo_gradients, reinforce, atol=1e-5, rtol=1e-4)
+
+
+def weights_after_update(experience, micro_batch_size):
+    """All weights and diagnostics after the same two epochs. Plain gradient steps: Adam would blow rounding up to full size."""
+    policy, critic, batch = copy.deepcopy(experience)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (policy, critic)]
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["initial_lr"] = 0.1
+    torch.manual_seed(1)
+    config = dataclasses.replace(CONFIG, micro_batch_size=micro_batch_size)
+    diagnostics = ppo.update(policy, critic, optimizers, batch, 1.0, config)
+    return dict(policy.named_parameters()) | dict(critic.named_parameters()), diagnostics
+
+
+@tiny.in_precision(torch.float32)
+def test_microbatches_of_any_size_give_the_same_update():
+    """The mean of an optimizer step runs over all of its actions, however many forward passes they are split into."""
+    start = experience()
+    whole, diagnostics = weights_after_update(start, 8)
+    assert max((w - dict(start[0].named_parameters()).get(name, w)).abs().max() for name, w in whole.items()) > 1e-2
+    for micro_batch_size in (1, 2, 3, 5, 7):
+        split, split_diagnostics = weights_after_update(start, micro_batch_size)
+        torch.testing.assert_close(split, whole, atol=2e-6, rtol=0)
+        assert split_diagnostics == pytest.approx(diagnostics, abs=1e-5)
