@@ -236,6 +236,7 @@ def save_checkpoint(path, stage, model, tokenizer, config):
     )
     with atomic(path) as f:
         torch.save(content, f)
+    Path(f"{path}.resume").unlink(missing_ok=True)
     print(f"wrote {path}")
 
 
@@ -305,7 +306,6 @@ def train_steps(config, steps, parts, log):
                 die(f"stopped after step {step + 1} of {steps}; the same command with --resume goes on from there")
     finally:
         signal.signal(signal.SIGINT, previous)
-    path.unlink(missing_ok=True)
 
 
 class Log:
@@ -315,9 +315,9 @@ class Log:
         self.path, self.start = Path(out).with_suffix(".jsonl"), time.time()
 
     def open(self, first_step):
-        """Starts afresh, or keeps the lines before first_step of the run that is resumed."""
-        kept = [r for r in read_jsonl(self.path, lambda r: None) if r["step"] < first_step] if first_step else []
-        write_jsonl(self.path, kept)
+        """Starts afresh, or keeps the lines up to first_step of the run that is resumed."""
+        lines = read_text(self.path).splitlines() if first_step else []
+        write_jsonl(self.path, [r for r in map(json.loads, lines) if r["step"] <= first_step])
 
     def __call__(self, step, **values):
         bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]

@@ -322,7 +322,7 @@ def main():
         print(f"{name}.bin: {len(part):,} documents, {len(ids):,} tokens")
     common.write_jsonl(out / "sft.jsonl", [{"messages": m} for m in sft_conversations(rng, people, known)])
     common.write_jsonl(out / "prompts.jsonl", ppo_prompts(rng, people, known, config.prompts))
-    common.write_jsonl(out / "people.jsonl", people.drawn)
+    common.write_jsonl(out / "people.jsonl", people.drawn)  # last: make takes it for the whole folder
     print(f"{out}: {len(known)} known and {len(unknown)} unknown people; {len(people.grid):,} names left")
 
 
