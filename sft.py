@@ -23,7 +23,7 @@ class Config:
     out: str = "out/sft.pt"  # checkpoint to write
     resume: bool = False  # continue an interrupted run from <out>.resume
     steps: int = 0  # optimizer steps; 0: as many as --epochs takes
-    epochs: int = 3  # passes over the conversations
+    epochs: int = 1  # passes; a second one teaches who was asked about, and the rest are taken for unknown
     batch_size: int = 32  # conversations a step
     lr: float = 5e-4  # peak learning rate, a sixth of pretraining's
     weight_decay: float = 0.0  # short runs need none
@@ -49,7 +49,7 @@ def load_examples(path, tokenizer, block_size):
     examples = []
     for record in common.read_jsonl(path, problem):
         tokens, mask = conversation.render(record["messages"], tokenizer)
-        examples.append((tokens[: block_size + 1], mask[: block_size + 1]))
+        examples.append((tokens[:block_size], mask[:block_size]))
     kept = [e for e in examples if any(e[1])]
     if not kept:
         common.die(f"{path}: no answer begins within {block_size} tokens; use a model with a longer --context")
