@@ -114,7 +114,7 @@ class Attention(nn.Module):
         H, G, D = self.config.n_head, self.config.n_kv_head, self.config.head_dim
         q = self.q_proj(x).view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, G, D).transpose(1, 2)  # (B, G, T, D)
-        v = self.v_proj(x).view(B, T, G, D).transpose(1, 2)  # (B, G, T, D)
+        v = self.v_proj(x).view(B, T, G, D).transpose(1, 2).contiguous()  # (B, G, T, D); laid out like q and k, or nothing fuses
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)

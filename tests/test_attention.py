@@ -7,6 +7,7 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 
+import common
 import ppo
 import pretrain
 import reward
@@ -43,22 +44,30 @@ def test_attention_equals_pytorchs_own_forward_and_backward(dtype):
         torch.testing.assert_close(*gradients, **tolerance)
 
 
-def fused(function, *args):
-    """How many attentions the inductor replaced by a fused kernel while it compiled the call, and the call's result."""
+def compile_counting_attentions(step):
+    """The inductor's count of attentions that it replaced while it compiled the step, the fused forward and backward operations
+    in its graphs, and the step's result."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with torch._inductor.config.patch(force_disable_caches=True):  # a graph from the cache is not matched again
-        result = function(*args)
-    return torch._dynamo.utils.counters["inductor"]["fuse_attention"], result
+    operations = []
+
+    def record(graph):
+        operations.extend(str(node.target) for node in graph.nodes if "scaled_dot_product" in str(node.target))
+
+    # without caches: a graph that comes from one would be neither matched nor counted again
+    with torch._inductor.config.patch(force_disable_caches=True, joint_custom_post_pass=record):
+        result = step()
+    n_backward = sum("backward" in operation for operation in operations)
+    return torch._dynamo.utils.counters["inductor"]["fuse_attention"], len(operations) - n_backward, n_backward, result
 
 
 @COMPILER
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_attention_fuses_forward_and_backward(dtype, padded):
-    """In every layer of a training step, as float32 and under bfloat16 autocast; the loss and the gradients stay those of eager."""
-    model = tiny.gpt(n_head=2, n_kv_head=2)
-    tokens, n_pad = torch.randint(11, (4, 9)), torch.tensor([0, 3, 1, 8]) if padded else None
+@pytest.mark.parametrize(("dtype", "n_pad", "n_kv_head"), [(torch.float32, None, 2), (torch.bfloat16, [0, 3, 1, 8], 1)])
+def test_compiled_attention_is_one_fused_kernel_forward_and_backward(dtype, n_pad, n_kv_head):
+    """In each layer of a real training step; float32, and bfloat16 autocast with pads and grouped queries. Loss and gradients are
+    those of eager. The match is brittle (pytorch issues 195412, 195782): q, k and v laid out unlike each other are enough to lose it."""
+    model = tiny.gpt(n_kv_head=n_kv_head)
+    tokens, n_pad = torch.randint(11, (4, 9)), n_pad and torch.tensor(n_pad)
 
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -67,6 +76,78 @@ def test_compiled_attention_fuses_forward_and_backward(dtype, padded):
 
     eager = step()
     model.compile()
-    count, compiled = fused(step)
-    assert count == model.config.n_layer
+    counter, n_forward, n_backward, compiled = compile_counting_attentions(step)
+    assert counter >= model.config.n_layer
+    assert n_forward == n_backward == model.config.n_layer
     torch.testing.assert_close(compiled, eager, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=0)
+
+
+# ---- a fixed number of graphs
+
+
+def pretrain_steps():
+    model = tiny.gpt()
+    model.compile(backend="eager")  # which graphs there are does not depend on what is made of them
+    return lambda length: pretrain.next_token_loss(model, *torch.randint(11, (2, 4, 16))).backward()
+
+
+def examples(length):
+    """Four (tokens, mask), the longest of this length."""
+    return [(torch.randint(11, (length - i,)).tolist(), [0, 0] + [1] * (length - i - 2)) for i in range(4)]
+
+
+def sft_steps():
+    model = tiny.gpt()
+    model.compile(backend="eager")
+
+    def step(length):
+        tokens, targets, mask = sft.collate(examples(length), 0, tiny.CPU)
+        sft.masked_loss(model(tokens), targets, mask).backward()
+
+    return step
+
+
+def reward_steps():
+    model = tiny.critic(tiny.gpt())
+    model.compile(backend="eager")
+
+    def step(length):
+        pairs = list(zip(examples(length), examples(length)))
+        reward.preference_loss(*reward.score_pairs(model, pairs, 0, tiny.CPU)).backward()
+
+    return step
+
+
+def ppo_steps():
+    policy, ref = tiny.gpt(), tiny.gpt()
+    critic = tiny.critic(policy)
+    for model in (policy, ref, critic):
+        model.compile(backend="eager")
+    optimizers = common.make_optimizers(policy, 1e-3) + common.make_optimizers(critic, 1e-3)
+    config = ppo.Config(minibatch_size=4, micro_batch_size=4, epochs=1, max_new_tokens=4)
+
+    def score(tokens, mask, texts, responses):
+        return torch.randn(len(texts))
+
+    def step(length):
+        prompts = [tokens for tokens, _ in examples(length)]
+        batch, _, _ = ppo.rollout(policy, ref, critic, score, prompts, prompts, tiny.EnumerableTokenizer(), config)
+        ppo.update(policy, critic, optimizers, batch | dict(advantages=batch["values"], returns=batch["values"]), 1.0, config)
+
+    return step
+
+
+@pytest.mark.parametrize("make_steps", [pretrain_steps, sft_steps, reward_steps, ppo_steps])
+def test_the_steps_of_a_stage_stay_at_a_fixed_number_of_graphs(make_steps):
+    """After two batches of different lengths nothing is compiled again, whatever the lengths: the first graph is for one
+    shape, the second for all. torch.compile gives up after eight, silently."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = make_steps()
+    for length in (6, 14):
+        step(length)
+    n_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert n_graphs > 0
+    for length in (22, 7, 28, 15, 6):
+        step(length)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == n_graphs
