@@ -34,7 +34,7 @@ class Config:
     val_share: float = 0.08  # share of the pairs held out for the accuracy
     calibration: int = 512  # prompts whose SFT answers get mean score 0 and standard deviation 1
     max_new_tokens: int = 16  # longest of these answers
-    eval_every: int = 100  # steps between accuracies
+    eval_every: int = 50  # steps between accuracies
     save_every: int = 200  # steps between states for --resume
     device: str = "auto"  # auto, cpu, cuda or mps
     compile: bool = False  # torch.compile the step: pays on CUDA, not on CPU

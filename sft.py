@@ -29,7 +29,7 @@ class Config:
     weight_decay: float = 0.0  # short runs need none
     warmup: int = 20  # steps to the peak
     val_share: float = 0.02  # share of the conversations held out for the validation loss
-    eval_every: int = 100  # steps between validation losses
+    eval_every: int = 10  # steps between validation losses
     save_every: int = 200  # steps between states for --resume
     device: str = "auto"  # auto, cpu, cuda or mps
     compile: bool = False  # torch.compile the step: pays on CUDA, not on CPU
