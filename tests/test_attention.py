@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import tiny
 import torch
 import torch._dynamo
 import torch.nn.functional as F
@@ -12,10 +13,10 @@ import ppo
 import pretrain
 import reward
 import sft
-import tiny
 from model import attention, attention_bias
 
-COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "g++", "clang"))), reason="torch.compile on a CPU needs a C compiler")
+COMPILERS = ("c++", "g++", "clang++")
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile on a CPU needs a C++ compiler")
 
 
 def visible(T, lengths):
@@ -30,7 +31,7 @@ def heads(dtype, B=3, H=2, T=9, D=8):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_attention_equals_pytorchs_own_forward_and_backward(dtype):
-    """softmax(q k^T / sqrt(D) + bias) v (arXiv 1706.03762) against F.scaled_dot_product_attention, without and with pads on the left."""
+    """softmax(q k^T / sqrt(D) + bias) v (arXiv 1706.03762), without and with pads on the left."""
     tolerance = dict(atol=1e-5 if dtype == torch.float32 else 1e-12, rtol=0)
     for lengths in (None, [9, 4, 1]):
         q, k, v = heads(dtype)
@@ -61,11 +62,11 @@ def compile_counting_attentions(step):
     return torch._dynamo.utils.counters["inductor"]["fuse_attention"], len(operations) - n_backward, n_backward, result
 
 
-@COMPILER
+@needs_compiler
 @pytest.mark.parametrize(("dtype", "n_pad", "n_kv_head"), [(torch.float32, None, 2), (torch.bfloat16, [0, 3, 1, 8], 1)])
 def test_compiled_attention_is_one_fused_kernel_forward_and_backward(dtype, n_pad, n_kv_head):
-    """In each layer of a real training step; float32, and bfloat16 autocast with pads and grouped queries. Loss and gradients are
-    those of eager. The match is brittle (pytorch issues 195412, 195782): q, k and v laid out unlike each other are enough to lose it."""
+    """In each layer of a real training step: in float32, and in bfloat16 with pads and grouped queries. Loss and gradients are
+    those of eager. The match is brittle (pytorch issues 195412, 195782): it is lost where v is laid out unlike q and k."""
     model = tiny.gpt(n_kv_head=n_kv_head)
     tokens, n_pad = torch.randint(11, (4, 9)), n_pad and torch.tensor(n_pad)
 

@@ -11,7 +11,8 @@ import ppo
 number = st.floats(-10, 10)
 share = st.floats(0, 1)
 # One response: the slots before it (its prompt), and a reward and a value for each of its tokens.
-responses = st.lists(st.tuples(st.integers(0, 3), st.lists(st.tuples(number, number), min_size=1, max_size=6)), min_size=1, max_size=4)
+response = st.tuples(st.integers(0, 3), st.lists(st.tuples(number, number), min_size=1, max_size=6))
+responses = st.lists(response, min_size=1, max_size=4)
 
 
 def batch(responses, garbage=0.0):

@@ -3,12 +3,12 @@
 import math
 
 import pytest
+import tiny
 import torch
 
 import common
 import ppo
 import reward
-import tiny
 
 PROMPT = [tiny.END]
 T = 0.7
@@ -28,15 +28,16 @@ def enumerated(policy, ref):
 
 
 def kl_token_by_token(policy, ref):
-    """KL(pi || pi_ref) by the chain rule: sum over all beginnings of a response, of pi(beginning) KL(pi(.|beginning) || pi_ref(.|beginning)).
+    """KL(pi || pi_ref) by the chain rule: the sum of pi(y_<t) KL(pi(.|y_<t) || pi_ref(.|y_<t)) over all beginnings y_<t.
 
-    No log-probability of a whole response enters; also returns the mean entropy summed in the same way.
+    No log-probability of a whole response enters. Also the entropy of pi, summed in the same way.
     """
     beginnings = {tuple(r[:i]) for r in tiny.RESPONSES for i in range(len(r))}
     probability, kl, entropy = {(): 1.0}, 0.0, 0.0
     for beginning in sorted(beginnings, key=len):
         with torch.no_grad():
-            p, q = ((model(torch.tensor([[*PROMPT, *beginning]]))[0, -1].double() / T).log_softmax(0) for model in (policy, ref))
+            tokens = torch.tensor([[*PROMPT, *beginning]])
+            p, q = ((model(tokens)[0, -1].double() / T).log_softmax(0) for model in (policy, ref))
         for token in range(4):
             probability[(*beginning, token)] = probability[beginning] * p[token].exp().item()
         kl += probability[beginning] * (p.exp() * (p - q)).sum().item()
@@ -46,7 +47,10 @@ def kl_token_by_token(policy, ref):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_k1_and_k3_both_have_the_kl_divergence_as_their_mean(seed):
-    """E_pi[sum_t d_t] = E_pi[sum_t exp(-d_t) - 1 + d_t] = KL(pi || pi_ref), d_t = log pi - log pi_ref (joschu.net/blog/kl-approx.html)."""
+    """E_pi[sum_t d_t] = E_pi[sum_t exp(-d_t) - 1 + d_t] = KL(pi || pi_ref), d_t = log pi_t - log pi_ref_t.
+
+    Source: J. Schulman, Approximating KL Divergence, joschu.net/blog/kl-approx.html, which names them k1, k2 and k3.
+    """
     torch.manual_seed(seed)
     policy, ref = policies()
     probabilities, logprobs, ref_logprobs, mask = enumerated(policy, ref)
@@ -72,8 +76,8 @@ def test_the_mean_of_the_summed_rewards_is_the_objective(seed):
 
 @tiny.in_precision(torch.float32)
 def test_the_logged_kl_and_entropy_estimate_the_exact_ones():
-    """kl_ref is k1 summed over a response, from the reference; approx_kl is k3 a token, from the rollout's policy; each within
-    5 standard errors over 8000 sampled responses."""
+    """kl_ref is k1, summed over a response, between policy and reference; approx_kl is k3, a token, between the rollout's policy
+    and the new one. Each lies within 5 standard errors over 8000 sampled responses."""
     policy, ref = policies()
     config = ppo.Config(minibatch_size=8000, micro_batch_size=8000, epochs=1, max_new_tokens=tiny.MAX_NEW_TOKENS, temperature=T)
 
@@ -90,7 +94,7 @@ def test_the_logged_kl_and_entropy_estimate_the_exact_ones():
     assert figures["kl_ref"] == pytest.approx(exact, abs=5 * standard_error)
     assert figures["entropy"] == pytest.approx(entropy / length, rel=0.02)
 
-    # the update sees the reference as its policy and does not move it: ratios are those of the reference to the rollout's policy
+    # an update whose policy is the reference, and which does not move it
     batch |= dict(returns=batch["values"], advantages=torch.zeros_like(batch["values"]))
     optimizers = common.make_optimizers(ref, 0.0) + common.make_optimizers(critic, 0.0)
     diagnostics = ppo.update(ref, critic, optimizers, batch, 0.0, config)
@@ -112,8 +116,8 @@ def comparisons(true_scores, n):
 
 
 def test_the_preference_loss_recovers_bradley_terry_scores_up_to_a_constant():
-    """-log sigmoid(chosen - rejected) is the model's negative log-likelihood (arXiv 2203.02155, equation 1), so its minimum over
-    many comparisons is the true scores, but for a shift that no comparison can show."""
+    """-log sigmoid(chosen - rejected) is the model's negative log-likelihood (arXiv 2203.02155, equation 1), so over many
+    comparisons it is least at the true scores, but for a shift that no comparison can show."""
     true_scores = torch.linspace(-2, 2, 9, dtype=torch.float64)
     winner, loser = comparisons(true_scores, 60_000)
     scores = torch.zeros(9, dtype=torch.float64, requires_grad=True)
@@ -127,8 +131,8 @@ def test_the_preference_loss_recovers_bradley_terry_scores_up_to_a_constant():
 
     optimizer.step(closure)
     assert (scores - scores.mean() - true_scores).abs().max() < 0.08  # 4 standard errors
-    loss, expected = closure().item(), [math.log(1 + math.exp(scores[b].item() - scores[a].item())) for a, b in zip(winner, loser)]
-    assert loss == pytest.approx(sum(expected) / len(expected))
+    expected = [math.log(1 + math.exp(scores[b].item() - scores[a].item())) for a, b in zip(winner, loser)]
+    assert closure().item() == pytest.approx(sum(expected) / len(expected))
 
 
 def test_the_preference_loss_does_not_see_a_shift_of_all_scores():

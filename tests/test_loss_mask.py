@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,6 @@ import common
 import ppo
 import reward
 import sft
-import tiny
 from data import conversation
 
 TOKENIZER = tiny.byte_tokenizer()
@@ -89,7 +89,7 @@ def sft_run(conversations, block_size=160, **flags):
 
 
 def test_every_batch_of_an_sft_run_to_its_last_trains_exactly_the_assistants_words_and_end_tokens():
-    """The batches that a real run used, decoded (nanochat issue 570: the mask was lost on the way, and the loss did not show it)."""
+    """The batches that a real run used, decoded (nanochat issue 570: the mask was lost, and the loss did not show it)."""
     batches, _ = sft_run(CONVERSATIONS, batch_size=5)
     assert len(batches) == 5
     texts, seen = {whole_text(m): trained_text(m) for m in CONVERSATIONS}, set()
@@ -138,12 +138,13 @@ def test_a_preference_pairs_mask_covers_exactly_the_answer_and_its_end_token():
     tokens, mask = reward.collate([chosen, rejected], TOKENIZER.pad, tiny.CPU)
     for i, answer in enumerate(("Yes.", "")):
         assert TOKENIZER.decode(tokens[i][mask[i]].tolist()) == answer + "<|end|>"
-        assert TOKENIZER.decode(tokens[i][tokens[i] != TOKENIZER.pad].tolist()) == whole_text(history) + f"<|assistant|>{answer}<|end|>"
+        row = tokens[i][tokens[i] != TOKENIZER.pad]
+        assert TOKENIZER.decode(row.tolist()) == whole_text(history) + f"<|assistant|>{answer}<|end|>"
 
 
 def test_the_mask_of_a_rollout_covers_exactly_the_response_and_its_end_token():
-    """mask[:, t] belongs to tokens[:, t+1]. A response that ran out of room has no end token, none is forged, and its score is the
-    fixed one."""
+    """mask[:, t] belongs to tokens[:, t+1]. A response that ran out of room has no end token, none is forged, and its score
+    is the fixed one."""
     policy, tokenizer = tiny.gpt(vocab_size=4), tiny.EnumerableTokenizer()
     prompts, texts = [[3], [0, 1], [2, 0, 0, 1]] * 20, [f"prompt {i}" for i in range(60)]
     config = ppo.Config(max_new_tokens=3, no_end_score=-7.0)

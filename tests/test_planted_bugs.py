@@ -10,12 +10,6 @@ from functools import partial
 from typing import NamedTuple
 
 import pytest
-import torch
-
-import model
-import ppo
-import reward
-import sft
 import test_first_step
 import test_gae
 import test_kl_and_preference
@@ -24,6 +18,12 @@ import test_model
 import test_policy_and_value_loss
 import test_ppo_optimum
 import test_rewards_and_whitening
+import torch
+
+import model
+import ppo
+import reward
+import sft
 from data import conversation
 
 
@@ -51,7 +51,11 @@ BUGS = {
         optimum,
     ),
     "reference at another temperature": Bug(
-        ppo, "rollout", "response_logprobs(ref, tokens, mask, config.temperature)", "response_logprobs(ref, tokens, mask, 1.0)", first_step
+        ppo,
+        "rollout",
+        "response_logprobs(ref, tokens, mask, config.temperature)",
+        "response_logprobs(ref, tokens, mask, 1.0)",
+        first_step,
     ),
     "rollout at another temperature than training": Bug(
         ppo,
@@ -64,7 +68,11 @@ BUGS = {
         ppo, "update", 'b["tokens"], b["mask"], config.temperature', 'b["tokens"], b["mask"], 1.0', first_step
     ),
     "GAE off by one: V_t in place of V_{t+1}": Bug(
-        ppo, "gae", "gamma * next_value - values", "gamma * values[:, t] - values", test_gae.test_gae_is_the_mixture_of_n_step_advantages
+        ppo,
+        "gae",
+        "gamma * next_value - values",
+        "gamma * values[:, t] - values",
+        test_gae.test_gae_is_the_mixture_of_n_step_advantages,
     ),
     "score one slot late": Bug(
         ppo,
@@ -137,9 +145,15 @@ BUGS = {
         test_loss_mask.test_the_sft_loss_is_the_mean_over_the_tokens_that_train_and_nothing_else,
     ),
     "positions wrong under left padding": Bug(
-        model.GPT, "hidden", "slots if n_pad is None else", "slots if n_pad is None else slots.expand(len(tokens), 1) if T == 1 else", left_padding
+        model.GPT,
+        "hidden",
+        "slots if n_pad is None else",
+        "slots if n_pad is None else slots.expand(len(tokens), 1) if T == 1 else",
+        left_padding,
     ),
-    "pads are looked at": Bug(model.GPT, "hidden", "attention_bias(slots, n_slots, n_pad)", "attention_bias(slots, n_slots)", left_padding),
+    "pads are looked at": Bug(
+        model.GPT, "hidden", "attention_bias(slots, n_slots, n_pad)", "attention_bias(slots, n_slots)", left_padding
+    ),
     "dropout between old and new log-probabilities": Bug(
         ppo,
         "response_logprobs",
@@ -148,7 +162,11 @@ BUGS = {
         first_step,
     ),
     "noise between old and new log-probabilities": Bug(
-        ppo, "response_logprobs", "model.logits(hidden) /", "(model.logits(hidden) + 0.01 * torch.randn(())) * 1.001 ** torch.randn(()) /", unmoved
+        ppo,
+        "response_logprobs",
+        "model.logits(hidden) /",
+        "(model.logits(hidden) + 0.01 * torch.randn(())) * 1.001 ** torch.randn(()) /",
+        unmoved,
     ),
     "reward model's score read at the pad": Bug(
         reward.RewardModel,

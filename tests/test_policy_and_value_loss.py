@@ -5,10 +5,10 @@ import dataclasses
 import math
 
 import pytest
+import tiny
 import torch
 
 import ppo
-import tiny
 
 CLIP = 0.2
 
@@ -42,7 +42,7 @@ def finite_differences(loss, x, h=1e-6):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_policy_loss_is_the_mean_of_the_clipped_surrogate(seed):
-    """L = -1/N sum min(A rho, A clip(rho, 1 - eps, 1 + eps)), rho = pi / pi_old (equation 7), over the response's tokens alone."""
+    """L = -1/N sum min(A rho, A clip(rho, 1 - eps, 1 + eps)), rho = pi / pi_old (equation 7), over the responses' tokens."""
     logprobs, old, advantages, mask = actions(seed)
     terms = []
     for new, before, a, trains in zip(*(x.flatten().tolist() for x in (logprobs, old, advantages, mask))):
@@ -59,7 +59,7 @@ def test_the_policy_loss_is_the_mean_of_the_clipped_surrogate(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_value_loss_is_the_worse_of_the_plain_and_the_clipped_error(seed):
-    """L = 1/2N sum max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2): OpenAI baselines' ppo2, where V_old is the rollout's."""
+    """L = 1/2N sum max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2), V_old the rollout's (OpenAI baselines, ppo2)."""
     values, old_values, returns, mask = actions(seed)
     terms = []
     for v, before, r, trains in zip(*(x.flatten().tolist() for x in (values, old_values, returns, mask))):
@@ -94,7 +94,7 @@ def test_clipped_actions_and_pads_get_exactly_no_gradient():
 # ---- through the model
 
 
-CONFIG = ppo.Config(batch_size=16, minibatch_size=8, micro_batch_size=8, epochs=2, max_new_tokens=6, temperature=0.7, no_end_score=-1.0)
+CONFIG = ppo.Config(batch_size=16, minibatch_size=8, micro_batch_size=8, epochs=2, max_new_tokens=6, temperature=0.7)
 
 
 def experience():
@@ -138,13 +138,14 @@ def weights(policy, critic):
 
 
 def update(experience, micro_batch_size):
-    """All weights and the diagnostics after the same two epochs. Plain gradient steps: Adam would blow rounding up to full size."""
+    """All weights and the diagnostics after two epochs. Plain gradient steps: Adam would blow rounding up to full size."""
     policy, critic, batch = copy.deepcopy(experience)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (policy, critic)]
     for optimizer in optimizers:
         optimizer.param_groups[0]["initial_lr"] = 0.1
     torch.manual_seed(1)
-    diagnostics = ppo.update(policy, critic, optimizers, batch, 1.0, dataclasses.replace(CONFIG, micro_batch_size=micro_batch_size))
+    config = dataclasses.replace(CONFIG, micro_batch_size=micro_batch_size)
+    diagnostics = ppo.update(policy, critic, optimizers, batch, 1.0, config)
     return weights(policy, critic), diagnostics
 
 

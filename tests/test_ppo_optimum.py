@@ -7,11 +7,11 @@ beta log Z, with Z the sum of pi_ref(y) exp(r(y) / beta) over all y (arXiv 2305.
 import copy
 
 import pytest
+import tiny
 import torch
 
 import common
 import ppo
-import tiny
 
 PROMPT = [tiny.END]  # opens the response; it never occurs within one, so every state differs from every other
 CONFIG = ppo.Config(

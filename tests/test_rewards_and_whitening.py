@@ -19,7 +19,7 @@ def ragged(garbage=0.0):
 
 
 def test_a_token_is_rewarded_by_its_kl_term_and_the_last_one_by_the_score_too():
-    """r_t = -beta (log pi_t - log pi_ref_t), plus the score where the response's last token is chosen (arXiv 2009.01325, section 3.4)."""
+    """r_t = -beta (log pi_t - log pi_ref_t), plus the score where the last token is chosen (arXiv 2009.01325, section 3.4)."""
     (logprobs, ref_logprobs, _, _), mask = ragged()
     scores, beta = [2.0, -1.0, 0.5], 0.3
     rewards = ppo.token_rewards(torch.tensor(scores), logprobs, ref_logprobs, mask, beta)

@@ -1,4 +1,4 @@
-"""Real parts in the smallest size, shared by the tests, and a world of 40 responses in which every expectation is a finite sum."""
+"""Real parts in the smallest size, and a world of 40 responses in which every expectation is a finite sum."""
 
 import contextlib
 import itertools
