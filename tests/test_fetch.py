@@ -64,7 +64,7 @@ def write(path, content):
 def read_tokens(out):
     """(train, val, tokenizer) as pretrain.py reads them."""
     tokenizer = data.tokenizer.load(out / "tokenizer.tiktoken")
-    return *(load_stream(out, name, tokenizer.vocab_size) for name in ("train", "val")), tokenizer
+    return *(load_stream(out, name, tokenizer) for name in ("train", "val")), tokenizer
 
 
 def read_documents(out):
