@@ -123,7 +123,8 @@ def main():
 
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "qk_norm")}
     try:
-        model_config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=max(T, config.context), **sizes)
+        context = 8 * math.ceil(max(T, config.context) / 8)  # later stages pad their batches to multiples of 8
+        model_config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=context, **sizes)
     except ValueError as e:
         common.die(e)
     model = GPT(model_config).to(device)

@@ -64,7 +64,7 @@ def test_k1_and_k3_both_have_the_kl_divergence_as_their_mean(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_mean_of_the_summed_rewards_is_the_objective(seed):
-    """E_pi[sum_t r_t] = E_pi[score] - beta KL(pi || pi_ref): what PPO maximizes is what is wanted (arXiv 2203.02155, equation 2)."""
+    """E_pi[sum_t r_t] = E_pi[score] - beta KL(pi || pi_ref): PPO maximizes what is wanted (arXiv 2203.02155, equation 2)."""
     torch.manual_seed(seed)
     policy, ref = policies()
     probabilities, logprobs, ref_logprobs, mask = enumerated(policy, ref)
@@ -98,7 +98,8 @@ def test_the_logged_kl_and_entropy_estimate_the_exact_ones():
     batch |= dict(returns=batch["values"], advantages=torch.zeros_like(batch["values"]))
     optimizers = common.make_optimizers(ref, 0.0) + common.make_optimizers(critic, 0.0)
     diagnostics = ppo.update(ref, critic, optimizers, batch, 0.0, config)
-    k3 = torch.exp(-d) - 1 + d
+    k3 = torch.exp(-d) - 1 + d  # 0 outside the mask
+    assert diagnostics["approx_kl"] == pytest.approx(k3.sum().item() / mask.sum().item(), rel=1e-4)
     standard_error = (k3.sum(1).std() / 8000**0.5 / length).item()
     assert diagnostics["approx_kl"] == pytest.approx(exact / length, abs=5 * standard_error)
     outside = ((-d).exp() - 1).abs() > config.clip
@@ -140,6 +141,21 @@ def test_the_preference_loss_does_not_see_a_shift_of_all_scores():
     loss = reward.preference_loss(chosen, rejected)
     torch.testing.assert_close(reward.preference_loss(chosen + 100, rejected + 100), loss)
     assert reward.preference_loss(rejected, chosen) != loss
+
+
+@tiny.in_precision(torch.float32)
+def test_a_score_is_the_heads_plus_the_weighed_log_probability_of_the_answer():
+    """head(hidden) + w log p(answer | prompt), both from the same trunk; the answer's tokens count, not the prompt's."""
+    model, prompt = tiny.critic(tiny.gpt(vocab_size=4)), [tiny.END, 1, 2]
+    tokens, mask = tiny.enumerate_responses(prompt)
+    mask = torch.nn.functional.pad(mask, (1, 0))  # (40, T+1), as ppo hands it over
+    last = torch.tensor([len(prompt) + len(response) - 1 for response in tiny.RESPONSES])  # (40,)
+    with torch.no_grad():
+        head = model.head(model.trunk.hidden(tokens)).squeeze(-1)[torch.arange(40), last].double()  # (40,)
+        for weight in (0.0, 1.0, -2.5):
+            model.likelihood_weight.fill_(weight)
+            expected = head + weight * tiny.exact_logprobs(model.trunk, prompt, temperature=1.0)
+            torch.testing.assert_close(model.score(tokens, mask).double(), expected, atol=1e-4, rtol=0)
 
 
 @tiny.in_precision(torch.float32)

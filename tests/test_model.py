@@ -169,5 +169,6 @@ def test_no_sample_ever_lies_outside_the_kept_set(logits, top_k, top_p):
 def test_each_row_is_sampled_from_its_own_logits():
     logits = torch.full((3, 5), -50.0)
     logits[0, 4] = logits[1, 0] = logits[2, 2] = 50.0
+    logits += torch.tensor([[0.0], [500.0], [-500.0]])  # a shift of a row changes nothing
     for options in (dict(), dict(top_k=2), dict(top_p=0.5), dict(temperature=0)):
         assert sample(logits, **options).tolist() == [4, 0, 2]
