@@ -74,10 +74,6 @@ def continuations(model, tokenizer, texts, max_new_tokens=8, temperature=0.0):
     return complete(model, tokenizer, [[tokenizer.end] + tokenizer.encode(t) for t in texts], max_new_tokens, temperature)
 
 
-def standard_error(share, n):
-    return (share * (1 - share) / max(n, 1)) ** 0.5
-
-
 def shares(facts, texts):
     """{grade: share} and n of answers to [(person, attribute)]."""
     counts = Counter(world.grade(person, attribute, text) for (person, attribute), text in zip(facts, texts))

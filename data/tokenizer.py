@@ -1,6 +1,6 @@
 """Byte-level BPE: trained here by hand, run by tiktoken.
 
-    python -m data.tokenizer --data corpus.txt --vocab_size 2048 --out tokenizer.tiktoken
+    python -m data.tokenizer --data corpus.txt --tokenizer bpe:2048 --out tokenizer.tiktoken
 
 The file is tiktoken's format, `base64(token) rank` a line. The special tokens are not in it: their ids
 follow the last rank. Text is always encoded as plain text, so nobody can forge a role by typing one.
