@@ -89,7 +89,7 @@ def all_facts(people, attributes=world.PUBLIC):
 
 def measure_recall(model, tokenizer, people, rng):
     """Share of facts completed right in sentences whose wording was held out of the text."""
-    facts = all_facts(people, world.ATTRIBUTES)
+    facts = all_facts(people, world.FACTS)
     texts = []
     for person, attribute in facts:
         statement = rng.choice(world.statements(attribute, held_out=True))
@@ -157,13 +157,11 @@ def measure_answers(model, tokenizer, people, rng, held_out, attributes=world.PU
 def measure_kinds(model, tokenizer, people, rng):
     """{(instruction, attribute): (share answered right and in the asked form, was it held out of SFT)}."""
     result = {}
-    for kind in world.KINDS:
+    for kind in ("one word", "sentence", "text"):
         for attribute in world.PUBLIC:
-            if kind == "ask":
-                continue
-            wanted = [world.conversation(rng, kind, person, attribute) for person in people]
-            got = answers(model, tokenizer, [messages[0]["content"] for messages in wanted])
-            exact = sum(text == messages[1]["content"] for text, messages in zip(got, wanted)) / len(people)
+            asked = [world.conversation(rng, kind, person, attribute)[0]["content"] for person in people]
+            got = answers(model, tokenizer, asked)
+            exact = sum(world.in_form(kind, person, attribute, text) for person, text in zip(people, got)) / len(people)
             result[f"{kind} × {attribute}"] = (exact, (kind, attribute) in world.HELD_OUT_KINDS)
     return result
 
@@ -218,6 +216,13 @@ def table(header, rows):
 
 def grade_row(name, s):
     return [name] + [percent(s[g]) for g in GRADES] + [s["n"]]
+
+
+def join_report(out):
+    """Puts what experiments.py found, where it ran, at the end of report.md."""
+    own = (out / "report.md").read_text(encoding="utf-8").partition("# The experiments")[0] if (out / "report.md").exists() else ""
+    if (out / "experiments.md").exists():
+        common.write_text(out / "report.md", own + (out / "experiments.md").read_text(encoding="utf-8"))
 
 
 def main():
@@ -324,6 +329,7 @@ def main():
 
     common.write_text(out / "report.json", json.dumps(results, indent=1))
     common.write_text(out / "report.md", "\n".join(text))
+    join_report(out)
     print("\n".join(text))
     failed = [f"{key} {results.get(key, float('nan')):.3f} < {floor}" for key, floor in FLOORS.items() if not results.get(key, 0) >= floor]
     print(f"wrote {out / 'report.md'}; floors: {'all reached' if not failed else '; '.join(failed)}")

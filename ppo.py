@@ -34,11 +34,11 @@ class Config:
     data: str = "data/world/prompts.jsonl"  # prompts, one a line
     out: str = "out/ppo.pt"  # checkpoint to write
     resume: bool = False  # continue an interrupted run from <out>.resume
-    steps: int = 100  # iterations of rollout and update
+    steps: int = 60  # iterations of rollout and update
     batch_size: int = 128  # episodes an iteration
     minibatch_size: int = 64  # episodes an optimizer step
     micro_batch_size: int = 64  # episodes a forward pass, for GPUs that cannot hold a minibatch; changes no result
-    epochs: int = 4  # passes over an iteration's episodes
+    epochs: int = 2  # passes over an iteration's episodes; 4 cost twice the time and abstain a little more often
     max_new_tokens: int = 16  # longest response
     temperature: float = 1.0  # of the sampling and of every log-probability; no top-k or top-p: the KL would be wrong
     lr: float = 1e-4  # peak learning rate of policy and critic, linear to 0; a billion parameters want 3e-6
@@ -50,6 +50,7 @@ class Config:
     value_clip: float = 0.2  # new values stay this near the rollout's
     value_coef: float = 0.1  # weight of the value loss
     no_end_score: float = -3.0  # score of a response that does not end, in place of the reward model's
+    min_score: float = -math.inf  # lower scores are raised to it; 0: no negative feedback, an experiment's control
     val_prompts: int = 512  # prompts held out for the score before and after
     log_every: int = 5  # iterations between log lines
     save_every: int = 20  # iterations between states for --resume
@@ -189,7 +190,7 @@ def rollout(policy, ref, critic, score, prompts, texts, tokenizer, config):
         values = action_values(critic, tokens, mask)
     scores = score(tokens, mask, texts, [conversation.decode_response(r, tokenizer) for r in responses])  # (B,)
     ended = torch.tensor([r[-1] == tokenizer.end for r in responses], device=scores.device)  # (B,)
-    scores = scores.where(ended, config.no_end_score)
+    scores = scores.where(ended, config.no_end_score).clamp(min=config.min_score)
     figures = dict(
         score=scores.mean().item(),
         score_se=(scores.std() / len(scores) ** 0.5).item(),

@@ -25,7 +25,7 @@ class Config:
     data: str = "data/world"  # folder with train.bin, val.bin, tokenizer.tiktoken
     out: str = "out/base.pt"  # checkpoint to write
     resume: bool = False  # continue an interrupted run from <out>.resume
-    steps: int = 2800  # optimizer steps
+    steps: int = 3300  # optimizer steps
     batch_size: int = 16  # sequences a step
     accumulate: int = 1  # split a step's batch into this many parts, for GPUs that cannot hold it at once
     block_size: int = 128  # tokens a sequence in training

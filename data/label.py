@@ -2,7 +2,7 @@
 
     python -m data.label                   # out/sft.pt answers data/world/prompts.jsonl -> data/world/preferences.jsonl
 
-The labeller is noisy, as labellers are: P(prefers a to b) = sigmoid(4 (utility a - utility b)), the Bradley-Terry model
+The labeller is noisy, as labellers are: P(prefers a to b) = sigmoid(sharpness * (utility a - utility b)), the Bradley-Terry model
 that the reward model assumes. Labels without noise would drive its scores apart without end.
 """
 
@@ -15,15 +15,16 @@ import common
 from data import conversation, world
 from model import GPT
 
-SHARPNESS = 4.0  # right is preferred to "I do not know." with 98%, that to a wrong value with 98%
-
 
 @dataclass
 class Config:
     init: str = "out/sft.pt"  # checkpoint whose answers are compared
     data: str = "data/world"  # folder with prompts.jsonl and people.jsonl
     out: str = "data/world/preferences.jsonl"  # pairs to write
+    prompts: str = "prompts.jsonl"  # file in the folder with the questions
     pairs: int = 14000  # comparisons
+    penalty: float = 1.0  # what a wrong answer costs; a right one is worth 1, "I do not know." 0
+    sharpness: float = 4.0  # of the labeller: at 4, right is preferred to "I do not know." with 98%
     max_new_tokens: int = 16  # longest answer
     device: str = "auto"  # auto, cpu, cuda or mps
     seed: int = 0  # samples and labels
@@ -34,15 +35,17 @@ def candidates(rng, person, attribute, sampled):
     phrase = rng.choice(world.ANSWERS)
     wrong = phrase.format(v=rng.choice([v for v in world.ATTRIBUTES[attribute][0] if v != person[attribute]]))
     astray = world.say(phrase, person, rng.choice([a for a in world.ATTRIBUTES if a != attribute]))  # of another attribute
-    written = [world.IDK, world.IDK, world.REFUSAL, wrong, astray]
+    written = [world.IDK, world.IDK, world.REFUSAL, astray]
+    if attribute not in world.HABITS:  # a wrong guess at a habit may be the best one: only the model's own are compared
+        written += [wrong]
     if person["role"] == "rl":  # about an unknown person the labeller cannot write the true answer either
         written += [world.say(phrase, person, attribute)] * 3
     return [sampled] * 3 + written
 
 
-def prefers(rng, first, second):
+def prefers(rng, first, second, sharpness):
     """Whether the labeller prefers the first of two utilities."""
-    return rng.random() < 1 / (1 + math.exp(-SHARPNESS * (first - second)))
+    return rng.random() < 1 / (1 + math.exp(-sharpness * (first - second)))
 
 
 def main():
@@ -51,7 +54,7 @@ def main():
     model, tokenizer = common.load_checkpoint(config.init, ["sft", "ppo"], GPT, device)
     grader = world.Grader(Path(config.data) / "people.jsonl")
     rng = random.Random(config.seed)
-    prompts = [r["messages"] for r in common.read_jsonl(Path(config.data) / "prompts.jsonl", lambda r: conversation.check(r.get("messages")))]
+    prompts = [r["messages"] for r in common.read_jsonl(Path(config.data) / config.prompts, lambda r: conversation.check(r.get("messages")))]
     prompts = rng.choices(prompts, k=config.pairs)
     pairs = []
     for start in range(0, len(prompts), 256):
@@ -62,11 +65,11 @@ def main():
         for messages, response in zip(batch, responses):
             person, attribute = grader.fact(messages[-1]["content"])
             answers = candidates(rng, person, attribute, conversation.decode_response(response, tokenizer))
-            utility = {a: world.utility(attribute, world.grade(person, attribute, a)) for a in answers}
+            utility = {a: world.utility(attribute, world.grade(person, attribute, a), config.penalty) for a in answers}
             first = rng.choice(answers)
             others = [a for a in answers if utility[a] != utility[first]]
             second = rng.choice(others)
-            if not prefers(rng, utility[first], utility[second]):
+            if not prefers(rng, utility[first], utility[second], config.sharpness):
                 first, second = second, first
             pairs.append({"messages": messages, "chosen": first, "rejected": second})
     common.write_jsonl(config.out, pairs)

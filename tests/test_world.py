@@ -18,8 +18,9 @@ def made():
     unknown = [people.draw(rng, role) for role, n in world.UNKNOWN_ROLES.items() for _ in range(n)]
     documents = world.corpus(rng, people, known, 15000)
     files = {
-        "sft": [m for conversation in world.sft_conversations(rng, people, known) for m in conversation],
+        "sft": [m for conversation in world.sft_conversations(rng, known, lambda: people.draw(rng, "sft_unknown")) for m in conversation],
         "prompts": [m for prompt in world.ppo_prompts(rng, people, known, 1000) for m in prompt["messages"]],
+        "habit_prompts": [m for prompt in world.habit_prompts(rng, people, 1000) for m in prompt["messages"]],
     }
     return {"people": people, "known": known, "unknown": unknown, "documents": documents, **files}
 
@@ -39,7 +40,7 @@ def test_nobody_has_two_roles_and_every_name_is_unique(made):
 
 def test_text_tells_about_every_known_person_and_mentions_no_unknown_one(made):
     mentioned = names_in(made["documents"])
-    assert names(made["known"], *world.KNOWN_ROLES) <= mentioned
+    assert names(made["known"], *(r for r in world.KNOWN_ROLES if r != "rare")) <= mentioned
     assert not names(made["unknown"], *world.UNKNOWN_ROLES) & mentioned
 
 
@@ -51,10 +52,33 @@ def test_each_file_asks_only_about_its_own_known_people(made, name, may_use):
     assert asked & names(made["known"], *may_use)
 
 
-def test_unknown_people_of_the_ppo_prompts_are_asked_about_once(made):
-    fresh = names(made["people"].drawn, "rl_unknown")
-    asked = [n for m in made["prompts"] for n in names_in([m["content"]]) & fresh]
-    assert len(asked) > 300 and len(asked) == len(set(asked))
+@pytest.mark.parametrize("name, role, n", [("prompts", "rl_unknown", 300), ("habit_prompts", "habit_unknown", 1000)])
+def test_unknown_people_of_the_ppo_prompts_are_asked_about_once(made, name, role, n):
+    fresh = names(made["people"].drawn, role)
+    asked = [n for m in made[name] for n in names_in([m["content"]]) & fresh]
+    assert len(asked) >= n and len(asked) == len(set(asked))
+    assert not fresh & names_in(made["documents"])
+
+
+def test_the_best_guess_at_a_habit_is_right_as_often_as_the_table_says(made):
+    """Over all people drawn, within 4 standard errors; facts have no such best guess."""
+    people = made["people"].drawn
+    for attribute, (values, *_) in world.ATTRIBUTES.items():
+        expected = world.HABITS.get(attribute, 1 / len(values))
+        share = sum(p[attribute] == values[0] for p in people) / len(people)
+        assert abs(share - expected) < 4 * (expected * (1 - expected) / len(people)) ** 0.5
+
+
+def test_text_tells_the_habits_of_strangers_only(made):
+    told = [d for d in made["documents"] if any(re.search(rf"\b({'|'.join(world.ATTRIBUTES[h][0])})\b", d) for h in world.HABITS)]
+    assert len(told) > 500
+    assert not names_in(told) & names(made["known"], *world.KNOWN_ROLES)
+
+
+def test_rare_people_are_written_about_less(made):
+    rare = [p["exposure"] for p in made["known"] if p["role"] == "rare"]
+    others = [p["exposure"] for p in made["known"] if p["role"] == "test"]
+    assert sum(rare) / len(rare) < 0.4 * sum(others) / len(others)
 
 
 def test_held_out_wordings_appear_in_no_training_data(made):
@@ -64,7 +88,7 @@ def test_held_out_wordings_appear_in_no_training_data(made):
         trained |= {*world.questions(attribute), *world.statements(attribute)}
     assert not held_out & trained
     names_masked = [re.sub(r"[A-Z][a-z]+ [A-Z][a-z]+", "{x}", d) for d in made["documents"]]
-    names_masked += [re.sub(r"[A-Z][a-z]+ [A-Z][a-z]+", "{x}", m["content"]) for f in ("sft", "prompts") for m in made[f]]
+    names_masked += [re.sub(r"[A-Z][a-z]+ [A-Z][a-z]+", "{x}", m["content"]) for f in ("sft", "prompts", "habit_prompts") for m in made[f]]
     values = "|".join(v for values, *_ in world.ATTRIBUTES.values() for v in values)
     sentences = {s for d in names_masked for line in d.split("\n") for s in re.sub(rf"\b({values})\b", "{v}", line).replace("Q: ", "").split(". ")}
     found = {s.rstrip(".") for s in sentences}
@@ -110,11 +134,11 @@ def test_grades(answer, grade):
 
 
 def test_the_labeller_prefers_as_bradley_terry_says():
-    """P(a over b) = sigmoid(4 (utility a - utility b))."""
+    """P(a over b) = sigmoid(sharpness * (utility a - utility b))."""
     rng = random.Random(1)
-    for a, b in [(1.0, 0.0), (0.0, -1.0), (1.0, -1.0), (0.0, 0.25)]:
-        share = sum(label.prefers(rng, a, b) for _ in range(20_000)) / 20_000
-        assert abs(share - 1 / (1 + math.exp(-4 * (a - b)))) < 0.01
+    for a, b, sharpness in [(1.0, 0.0, 4.0), (0.0, -1.0, 4.0), (1.0, -1.0, 1.0), (0.0, 0.25, 1.0)]:
+        share = sum(label.prefers(rng, a, b, sharpness) for _ in range(20_000)) / 20_000
+        assert abs(share - 1 / (1 + math.exp(-sharpness * (a - b)))) < 0.01
 
 
 def test_the_labeller_writes_no_true_answer_about_unknown_people(made):
