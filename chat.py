@@ -5,14 +5,16 @@
     python chat.py --compare out/base.pt out/sft.pt out/ppo.pt      # answers side by side
     echo "Where was Mira Tolvan born?" | python chat.py             # one answer a line
 
-/model PATH  another checkpoint     /temperature 0.7     /system TEXT  a system message, empty to remove
+/model PATH  another checkpoint goes on     /temperature 0.7     /system TEXT  a system message, empty to remove
 /reset  forget the conversation     /raw  continue text instead of chatting, and back     /help     /quit
 Ctrl-C stops an answer, Ctrl-D ends the program.
 """
 
 import codecs
+import contextlib
 import itertools
 import shutil
+import signal
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 import common
+import show
 from data import conversation
 from model import GPT
 
@@ -38,6 +41,10 @@ class Config:
     seed: int = 0  # of the sampling
 
 
+def notice(text):
+    print(f"[{text}]", file=sys.stderr)
+
+
 class Chat:
     """One checkpoint and its side of the conversation."""
 
@@ -46,31 +53,25 @@ class Chat:
         self.model, self.tokenizer = common.load_checkpoint(path, STAGES, GPT, device)
         self.messages, self.system = [], []
 
-    def prompt(self, text, raw, max_new_tokens):
-        """Token ids to continue, and a notice if old turns had to go."""
-        room = self.model.config.block_size - max_new_tokens
+    def prompt(self, text, raw, room):
+        """At most room token ids to continue; None: the question alone has more. Forgets the oldest turns where all do not fit."""
         if raw:
-            return ([self.tokenizer.end] + self.tokenizer.encode(text))[-room:], ""
-        self.messages.append({"role": "user", "content": text})
-        n_turns = len(self.messages)
-        while True:
-            tokens = conversation.render_prompt(self.system + self.messages, self.tokenizer)
-            if len(tokens) <= room or len(self.messages) == 1:
-                break
-            self.messages = self.messages[2:]  # the oldest question and its answer
-        dropped = (n_turns - len(self.messages)) // 2
-        notice = f"[the context is full: forgot the oldest {dropped} turn{'s' * (dropped > 1)}]" if dropped else ""
-        return (tokens if len(tokens) <= room else None), notice
+            return ([self.tokenizer.end] + self.tokenizer.encode(text))[-room:]
+        for n_dropped in range(len(self.messages) // 2 + 1):
+            kept = self.messages[2 * n_dropped :]
+            tokens = conversation.render_prompt(self.system + kept + [{"role": "user", "content": text}], self.tokenizer)
+            if len(tokens) <= room:
+                if n_dropped:
+                    notice(f"the context is full: forgot the oldest {n_dropped} turn{'s' * (n_dropped > 1)}")
+                self.messages = kept
+                return tokens
+        notice(f"too long: the model reads {room} tokens at most")
 
     def answer(self, text, raw, config, write):
         """Generates an answer, handing pieces of text to write as they come; Ctrl-C stops it. Returns the whole."""
         max_new_tokens = min(config.max_new_tokens, self.model.config.block_size // 2)
-        tokens, notice = self.prompt(text, raw, max_new_tokens)
-        if notice:
-            print(notice)
+        tokens = self.prompt(text, raw, self.model.config.block_size - max_new_tokens)
         if tokens is None:
-            self.messages.pop()
-            print(f"[too long: the model reads {self.model.config.block_size - max_new_tokens} tokens at most]")
             return ""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be split over tokens
         pieces = []
@@ -85,19 +86,23 @@ class Chat:
             with common.autocast(self.model.device):
                 self.model.generate([tokens], max_new_tokens, **sampling, end_id=self.tokenizer.end, on_token=on_token)
         except KeyboardInterrupt:
-            print(" [stopped]", end="")
+            write(" [stopped]")
         if not raw:
-            self.messages.append({"role": "assistant", "content": "".join(pieces)})
+            self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(pieces)}]
         return "".join(pieces)
 
 
 def show_columns(titles, texts):
     """The texts side by side, wrapped to the terminal's width."""
-    width = shutil.get_terminal_size((100, 24)).columns // len(texts) - 3
-    cells = [sum((textwrap.wrap(line, width) or [""] for line in text.splitlines()), []) for text in texts]
+    width = max(10, shutil.get_terminal_size((100, 24)).columns // len(texts) - 3)
+    cells = [[] for _ in texts]
+    for cell, text in zip(cells, texts):
+        for line in text.splitlines():
+            wide = show.width(line) > len(line)  # Chinese: as if each character took two columns
+            cell += textwrap.wrap(line, width // (1 + wide)) or [""]
     rows = [titles, ["-" * min(width, len(t)) for t in titles], *itertools.zip_longest(*cells, fillvalue="")]
     for row in rows:
-        print(" | ".join(cell[:width].ljust(width) for cell in row).rstrip())
+        print(" | ".join(show.ljust(cell[:width], width) for cell in row).rstrip())
 
 
 def command(line, chats, config, device):
@@ -105,15 +110,14 @@ def command(line, chats, config, device):
     name, _, value = line.partition(" ")
     value = value.strip()
     if name == "/model":
-        try:
-            chats[:] = [Chat(value, device)]
-        except SystemExit as e:  # a wrong path must not end the program
-            print(e)
+        successor = Chat(value or chats[0].path, device)
+        successor.messages, successor.system = chats[0].messages, chats[0].system
+        chats[:] = [successor]
     elif name == "/temperature":
         try:
             config.temperature = max(0.0, float(value))
         except ValueError:
-            print("a number, such as /temperature 0.7")
+            print(f"now {config.temperature}; a number changes it, such as /temperature 0.7")
     elif name == "/system":
         for chat in chats:
             chat.system = [{"role": "system", "content": value}] if value else []
@@ -126,37 +130,42 @@ def command(line, chats, config, device):
 
 def main():
     config = common.parse_config(Config, __doc__)
-    interactive = sys.stdin.isatty()
-    device = common.setup(config) if interactive else torch.device("cpu")
-    torch.manual_seed(config.seed)
+    with contextlib.redirect_stdout(sys.stderr):  # a pipe gets the answers alone
+        device = common.setup(config)
     chats = [Chat(path, device) for path in config.compare or [config.model]]
-    raw = False
+    torch.manual_seed(config.seed)
+    raw, interactive = False, sys.stdin.isatty()
+    sys.stdin.reconfigure(errors="replace")
     if interactive:
-        import readline  # noqa: F401  line editing and history for input()
-
+        with contextlib.suppress(ImportError):  # Windows has none: its console edits lines itself
+            import readline  # noqa: F401  line editing and history for input()
         print("/help lists the commands")
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nobody is there to go on after a stopped answer
     while True:
         try:
-            line = input("continue> " if raw else "you> ") if interactive else next(sys.stdin).rstrip("\n")
-        except (EOFError, StopIteration):
-            break
-        except KeyboardInterrupt:
+            line = input("" if not interactive else "continue> " if raw else "you> ")
+            if line.strip() in ("/quit", "/exit"):
+                break
+            if line.strip() == "/raw":
+                raw = not raw
+            elif line.startswith("/"):
+                command(line, chats, config, device)
+            elif line.strip() and len(chats) == 1:
+                chats[0].answer(line, raw, config, lambda piece: print(piece, end="", flush=True))
+                print()
+            elif line.strip():
+                texts = [chat.answer(line, raw, config, lambda piece: None) for chat in chats]
+                show_columns([chat.path for chat in chats], texts)
+        except KeyboardInterrupt:  # at the prompt: a fresh one
             print()
-            continue
-        if not line.strip():
-            continue
-        if line in ("/quit", "/exit"):
+        except EOFError:
+            print(end="\n" * interactive)
             break
-        if line == "/raw":
-            raw = not raw
-        elif line.startswith("/"):
-            command(line, chats, config, device)
-        elif len(chats) == 1:
-            chats[0].answer(line, raw, config, lambda piece: print(piece, end="", flush=True))
-            print()
-        else:
-            texts = [chat.answer(line, raw, config, lambda piece: None) for chat in chats]
-            show_columns([chat.path for chat in chats], texts)
+        except SystemExit as e:  # a wrong path or an unknown character ends a pipe, not the program of somebody who types
+            if not interactive:
+                raise
+            print(e)
 
 
 if __name__ == "__main__":

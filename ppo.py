@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import show
 from data import conversation
 from model import GPT, last_true, token_logprobs
 from reward import RewardModel
@@ -57,6 +58,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda or mps
     compile: bool = False  # torch.compile the forward passes: pays on CUDA, not on CPU
     seed: int = 0  # prompt order and sampling
+    show: bool = False  # print episodes of the first batch and exit; writes nothing
 
 
 # ---- credit assignment
@@ -96,6 +98,14 @@ def gae(rewards, values, mask, gamma, lam):
         advantages[:, t] = (delta + gamma * lam * next_advantage).where(mask[:, t], 0)
         next_value, next_advantage = values[:, t], advantages[:, t]
     return advantages, advantages + values
+
+
+def credit(batch, beta, config):
+    """The rollout's batch with rewards, advantages (whitened, and raw) and returns, (B, T) each."""
+    rewards = token_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], batch["mask"], beta)
+    advantages, returns = gae(rewards, batch["values"], batch["mask"], config.gamma, config.lam)
+    whitened = whiten(advantages, batch["mask"])
+    return batch | dict(rewards=rewards, raw_advantages=advantages, advantages=whitened, returns=returns)
 
 
 def adapt_beta(beta, kl, kl_target, n_episodes, horizon=10_000):
@@ -291,11 +301,24 @@ def main():
         chosen = [prompts[i] for i in rows], [texts[i] for i in rows]
         return rollout(policy, ref, critic, score, *chosen, tokenizer, config)
 
+    def run_step(step):
+        torch.manual_seed(config.seed * 1_000_003 + step + 1)  # every random draw of an iteration follows from seed and step
+        return run([train[i] for i in batches[step]])
+
     def validate():
         """Score and KL on the held-out prompts, with the same random draws each time."""
         torch.manual_seed(config.seed)
         _, figures, _ = run(val)
         return {f"val_{name}": value for name, value in figures.items()}
+
+    if config.show:
+        for step in range(2):  # in the first iteration the policy is still its own reference, and every kl 0
+            batch = credit(run_step(step)[0], config.beta, config)
+            update(policy, critic, optimizers, batch, common.lr_factor(step, config.steps, 0), config)
+            with torch.no_grad(), common.autocast(device):
+                new_logprobs, _ = response_logprobs(policy, batch["tokens"], batch["mask"], config.temperature)
+            show.episodes(step, batch, new_logprobs, tokenizer, config)
+        return
 
     log = common.Log(config.out)
     state = State(config.beta)
@@ -303,12 +326,9 @@ def main():
     for step in common.train_steps(config, config.steps, parts, log):
         if step == 0 and n_val:
             log(0, **validate())
-        torch.manual_seed(config.seed * 1_000_003 + step + 1)  # every random draw of an iteration follows from seed and step
-        batch, figures, (generate_s, score_s) = run([train[i] for i in batches[step]])
+        batch, figures, (generate_s, score_s) = run_step(step)
         start = time.time()
-        rewards = token_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], batch["mask"], state.beta)
-        advantages, batch["returns"] = gae(rewards, batch["values"], batch["mask"], config.gamma, config.lam)
-        batch["advantages"] = whiten(advantages, batch["mask"])
+        batch = credit(batch, state.beta, config)
         diagnostics = update(policy, critic, optimizers, batch, common.lr_factor(step, config.steps, 0), config)
         update_s = time.time() - start
         if config.kl_target:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 import common
 import data.tokenizer
+import show
 from model import GPT, GPTConfig
 
 
@@ -44,6 +45,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda or mps
     compile: bool = False  # torch.compile the step: pays on CUDA, not on CPU
     seed: int = 0  # weights and batch order
+    show: bool = False  # print windows of the first batch and exit; writes nothing
 
 
 def load_stream(folder, name, tokenizer):
@@ -120,6 +122,9 @@ def main():
         common.die(f"{config.data}: {len(train)} training and {len(val)} validation tokens are too few for --block_size {T}")
     if config.batch_size % config.accumulate:
         common.die(f"--accumulate {config.accumulate} does not divide --batch_size {config.batch_size}")
+    if config.show:
+        starts = window_starts(len(train), config.batch_size, T, 0, config.seed)
+        return show.stream(read_windows(train, starts, T, device)[0], tokenizer)
 
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "qk_norm")}
     try:

@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import show
 from data import conversation
 from model import GPT, GPTConfig, last_true, token_logprobs
 
@@ -39,6 +40,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda or mps
     compile: bool = False  # torch.compile the step: pays on CUDA, not on CPU
     seed: int = 0  # head, batch order and calibration answers
+    show: bool = False  # print pairs of the first batch and exit; writes nothing
 
 
 class RewardModel(nn.Module):
@@ -166,6 +168,9 @@ def main():
     if len(train) < config.batch_size:
         common.die(f"{config.data}: {len(train)} pairs to train on are fewer than --batch_size {config.batch_size}")
     batches = common.Batches([len(chosen[0]) for chosen, _ in train], config.batch_size, config.seed)
+    if config.show:
+        answers = [answer for i in batches[0][:3] for answer in train[i]]  # chosen and rejected in turn
+        return show.pairs(model, *collate(answers, tokenizer.pad, device), tokenizer)
     steps = config.steps or config.epochs * len(batches)
     optimizers = common.make_optimizers(model, config.lr, weight_decay=0.0, eps=1e-5)
     n_params = sum(p.numel() for p in model.parameters())

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import show
 from data import conversation
 from model import GPT
 
@@ -34,6 +35,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda or mps
     compile: bool = False  # torch.compile the step: pays on CUDA, not on CPU
     seed: int = 0  # batch order
+    show: bool = False  # print conversations of the first batch and exit; writes nothing
 
 
 def load_examples(path, tokenizer, block_size):
@@ -98,6 +100,8 @@ def main():
     if len(train) < config.batch_size:
         common.die(f"{config.data}: {len(train)} conversations to train on are fewer than --batch_size {config.batch_size}")
     batches = common.Batches([len(tokens) for tokens, _ in train], config.batch_size, config.seed)
+    if config.show:
+        return show.conversations(*collate([train[i] for i in batches[0]], tokenizer.pad, device), tokenizer)
     steps = config.steps or config.epochs * len(batches)
     optimizers = common.make_optimizers(model, config.lr, weight_decay=config.weight_decay)
     print(f"{model.n_params():,} parameters, {len(train):,} + {n_val} conversations, {steps} steps of {config.batch_size}")

@@ -29,9 +29,7 @@ def first_iteration(lr_factor, config=CONFIG):
         return torch.randn(len(texts))
 
     batch, figures, _ = ppo.rollout(policy, ref, critic, score, prompts, prompts, tiny.EnumerableTokenizer(), config)
-    rewards = ppo.token_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], batch["mask"], config.beta)
-    advantages, batch["returns"] = ppo.gae(rewards, batch["values"], batch["mask"], config.gamma, config.lam)
-    batch["advantages"] = ppo.whiten(advantages, batch["mask"])
+    batch = ppo.credit(batch, config.beta, config)
     optimizers = common.make_optimizers(policy, 1e-2, weight_decay=0.0) + common.make_optimizers(critic, 1e-2, weight_decay=0.0)
     with mock.patch.object(ppo, "policy_loss", wraps=ppo.policy_loss) as policy_loss:  # the real one, watched
         diagnostics = ppo.update(policy, critic, optimizers, batch, lr_factor, config)

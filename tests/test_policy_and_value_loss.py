@@ -108,9 +108,7 @@ def experience():
         return torch.randn(len(texts))
 
     batch, _, _ = ppo.rollout(policy, ref, critic, score, prompts, prompts, tiny.EnumerableTokenizer(), CONFIG)
-    rewards = ppo.token_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], batch["mask"], 0.05)
-    advantages, batch["returns"] = ppo.gae(rewards, batch["values"], batch["mask"], 1.0, 0.95)
-    batch["advantages"] = ppo.whiten(advantages, batch["mask"])
+    batch = ppo.credit(batch, CONFIG.beta, CONFIG)
     assert len(set(batch["mask"].sum(1).tolist())) > 2  # lengths differ, or a mean of means would be the mean
     return policy, critic, batch
 

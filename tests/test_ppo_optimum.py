@@ -49,9 +49,7 @@ def train(seed):
     prompts, texts = [PROMPT] * CONFIG.batch_size, [""] * CONFIG.batch_size
     for step in range(CONFIG.steps):
         batch, _, _ = ppo.rollout(policy, ref, critic, score, prompts, texts, tokenizer, CONFIG)
-        kl_rewards = ppo.token_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], batch["mask"], CONFIG.beta)
-        advantages, batch["returns"] = ppo.gae(kl_rewards, batch["values"], batch["mask"], CONFIG.gamma, CONFIG.lam)
-        batch["advantages"] = ppo.whiten(advantages, batch["mask"])
+        batch = ppo.credit(batch, CONFIG.beta, CONFIG)
         ppo.update(policy, critic, optimizers, batch, common.lr_factor(step, CONFIG.steps, 0), CONFIG)
     return policy, ref, rewards.double()
 

@@ -1,0 +1,123 @@
+"""What --show prints: a real batch, made by the stage's own functions, as numbers one can check by hand.
+
+Colours only on a terminal and without NO_COLOR (no-color.org); the characters alone say all that the colours say.
+"""
+
+import os
+import shutil
+import sys
+import unicodedata
+
+import torch
+import torch.nn.functional as F
+
+import common
+from model import last_true
+
+CYAN, YELLOW = 36, 33  # trained or made likelier, masked or made less likely; told apart by the colour-blind too
+
+
+def paint(text, colour):
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR")
+    return text if plain else f"\033[{colour}m{text}\033[0m"
+
+
+def width(text):
+    """Columns on the terminal: a Chinese character takes two."""
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def ljust(text, columns):
+    return text + " " * (columns - width(text))
+
+
+def spell(token, tokenizer):
+    """A token as text of one line: a line end is \\n, half a character �."""
+    text = tokenizer.encoding.decode_single_token_bytes(token).decode(errors="replace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def print_cells(cells):
+    """Prints cells, each (colour, line, line, …), side by side and wrapped to the terminal's width."""
+    rows, room = [], 0
+    for colour, *lines in cells:
+        columns = max(map(width, lines)) + 1
+        if columns > room:
+            rows, room = rows + [[]], shutil.get_terminal_size((120, 24)).columns
+        rows[-1].append([paint(ljust(line, columns), colour) for line in lines])
+        room -= columns
+    for row in rows:
+        for line in zip(*row):
+            print("".join(line).rstrip())
+
+
+def stream(tokens, tokenizer, n=4):
+    """Pretraining: the first n windows (B, T) with | after each token and a new line after each document."""
+    print(f"\n{len(tokens)} windows of {tokens.size(1)} tokens; | ends a token, <|end|> a document; each token is the target of the one before it")
+    for i, row in enumerate(tokens[:n].tolist()):
+        pieces = [paint(spell(t, tokenizer) + "|", (CYAN, YELLOW)[j % 2]) + "\n" * (t == tokenizer.end) for j, t in enumerate(row)]
+        print(f"\nwindow {i + 1}\n{''.join(pieces)}")
+
+
+def conversations(tokens, targets, mask, tokenizer, n=3):
+    """SFT: the first n rows of a batch (B, T), each token over its id, and ^ where it is a target that trains."""
+    print(f"\n{mask.sum()} of {mask.numel()} targets train, the ones with ^; the loss is the mean over them")
+    ids, trained = torch.cat([tokens[:, :1], targets], 1), F.pad(mask, (1, 0))  # (B, T+1) each
+    for row, marks in zip(ids[:n].tolist(), trained[:n].tolist()):
+        print()
+        print_cells((CYAN if m else YELLOW, spell(t, tokenizer), str(t), "^" * len(str(t)) * m) for t, m in zip(row, marks))
+
+
+@torch.no_grad()
+def pairs(model, tokens, mask, tokenizer):
+    """Reward: rows (2n, T) of a chosen and a rejected answer in turn, the score after each token of the answer."""
+    with common.autocast(tokens.device):
+        scores = model(tokens, mask)  # (2n, T)
+    print("\nthe score after each token of an answer; the answer's own is that at its last token; loss -log sigmoid(chosen - rejected)")
+    ends = scores.gather(1, last_true(mask)[:, None]).squeeze(1).tolist()  # as RewardModel.score reads them
+    for i in range(0, len(tokens), 2):
+        print("\n" + tokenizer.decode(tokens[i, : mask[i].int().argmax()].tolist()))
+        for name, colour, j in ("chosen", CYAN, i), ("rejected", YELLOW, i + 1):
+            print(f"{name}: {ends[j]:.4f}")
+            answer = zip(tokens[j][mask[j]].tolist(), scores[j][mask[j]].tolist())
+            print_cells((colour, spell(t, tokenizer), str(t), f"{score:.4f}") for t, score in answer)
+        print(f"chosen - rejected = {ends[i] - ends[i + 1]:.4f}")
+
+
+def number(x):
+    return f"{round(x, 5) + 0.0:11.5f}"  # + 0.0: no minus before a zero
+
+
+def episodes(step, batch, new_logprobs, tokenizer, config):
+    """PPO: the batch's episodes of lowest and highest score, a row a token; new_logprobs (B, T) are those after the update."""
+    mask, scores = batch["mask"], batch["scores"]
+    columns = {
+        "log pi": batch["logprobs"],
+        "log ref": batch["ref_logprobs"],
+        "kl": batch["logprobs"] - batch["ref_logprobs"],
+        "reward": batch["rewards"],
+        "value": batch["values"],
+        "advantage": batch["raw_advantages"],
+        "return": batch["returns"],
+        "whitened": batch["advantages"],
+        "ratio": (new_logprobs - batch["logprobs"]).exp(),
+    }  # (B, T) each
+    table = torch.stack(list(columns.values()), -1)  # (B, T, 9)
+    for which, i in ("lowest", scores.argmin().item()), ("highest", scores.argmax().item()):
+        rows, ids = table[i][mask[i]], batch["tokens"][i, 1:][mask[i]].tolist()  # (N, 9), N
+        names = [spell(t, tokenizer) for t in ids]
+        first = max(map(width, [*names, "token"])) + 1
+        prompt = tokenizer.decode(batch["tokens"][i, : mask[i].int().argmax() + 1].tolist())
+        print(f"\niteration {step + 1}, the {which} score of {len(mask)} episodes: {prompt}")
+        print(ljust("token", first) + "".join(f"{name:>11}" for name in columns))
+        for name, row in zip(names, rows.tolist()):
+            print(paint(ljust(name, first) + "".join(map(number, row)), CYAN if row[7] > 0 else YELLOW))
+        print(ljust("sum", first) + "".join(map(number, rows[:, :4].sum(0).tolist())) + f"   score {scores[i]:.5f}")
+    advantages, gamma_lam = columns["advantage"][mask], f"{config.gamma} * {config.lam}"  # (N,) over the batch
+    print(
+        f"""
+kl = log pi - log ref;  reward = -{config.beta} * kl, and + score at the last token;  return = advantage + value
+advantage[t] = reward[t] + {config.gamma} * value[t+1] - value[t] + {gamma_lam} * advantage[t+1], both 0 beyond the last token
+whitened = (advantage {-advantages.mean():+.5f}) / {advantages.std(correction=0):.5f}, mean and standard deviation of the batch's {len(advantages)} tokens
+ratio = pi after this iteration's update / pi; the loss stops pushing it beyond 1 + {config.clip} where whitened > 0, below 1 - {config.clip} where < 0"""
+    )
