@@ -76,15 +76,19 @@ class Chat:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be split over tokens
         pieces = []
 
+        def say(data, final=False):
+            pieces.append(decoder.decode(data, final))
+            write(pieces[-1])
+
         def on_token(ids):
             if ids[0] != self.tokenizer.end:
-                pieces.append(decoder.decode(self.tokenizer.encoding.decode_single_token_bytes(ids[0])))
-                write(pieces[-1])
+                say(self.tokenizer.encoding.decode_single_token_bytes(ids[0]))
 
         sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
         try:
             with common.autocast(self.model.device):
                 self.model.generate([tokens], max_new_tokens, **sampling, end_id=self.tokenizer.end, on_token=on_token)
+            say(b"", final=True)
         except KeyboardInterrupt:
             write(" [stopped]")
         if not raw:
