@@ -53,7 +53,7 @@ def messages(*contents):
 
 def piped(text, *flags):
     argv = [sys.executable, ROOT / "chat.py", "--device", "cpu", "--temperature", "0", "--max_new_tokens", "12", *flags]
-    return subprocess.run(argv, input=text, capture_output=True, env=os.environ | dict(COLUMNS="60", PYTHONUTF8="1"))
+    return subprocess.run(argv, input=text, capture_output=True, env=os.environ | dict(COLUMNS="60", PYTHONIOENCODING="utf-8:strict"))
 
 
 def test_each_piped_line_is_answered_on_stdout_alone(folder):
