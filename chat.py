@@ -54,7 +54,7 @@ class Chat:
         self.messages, self.system = [], []
 
     def prompt(self, text, raw, room):
-        """At most room token ids to continue; None: the question alone has more. Forgets the oldest turns where all do not fit."""
+        """At most room token ids to continue, or None if the question alone has more. Forgets the oldest turns to make room."""
         if raw:
             return ([self.tokenizer.end] + self.tokenizer.encode(text))[-room:]
         for n_dropped in range(len(self.messages) // 2 + 1):

@@ -2,6 +2,7 @@
 
     python pretrain.py                                   # the default world, made by python -m data.world
     python pretrain.py --data data/shakespeare --out out/shakespeare.pt --n_layer 6 --n_embd 384
+    python pretrain.py --show                            # the stream with its borders, then stop
 
 --data is a folder with train.bin, val.bin (token ids, uint16 or uint32) and tokenizer.tiktoken.
 """

@@ -2,6 +2,7 @@
 
     python sft.py                                                   # the default world, from out/base.pt
     python sft.py --init out/base.pt --data mine.jsonl --out out/mine.pt
+    python sft.py --show                                            # conversations and what of them trains, then stop
 
 --data holds {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]} a line.
 """

@@ -53,15 +53,17 @@ def print_cells(cells):
 
 def stream(tokens, tokenizer, n=4):
     """Pretraining: the first n windows (B, T) with | after each token and a new line after each document."""
-    print(f"\n{len(tokens)} windows of {tokens.size(1)} tokens; | ends a token, <|end|> a document; each token is the target of the one before it")
+    print(f"\n{len(tokens)} windows of {tokens.size(1)} tokens; | ends a token, <|end|> a document; a token's target is the next")
     for i, row in enumerate(tokens[:n].tolist()):
-        pieces = [paint(spell(t, tokenizer) + "|", (CYAN, YELLOW)[j % 2]) + "\n" * (t == tokenizer.end) for j, t in enumerate(row)]
-        print(f"\nwindow {i + 1}\n{''.join(pieces)}")
+        print(f"\nwindow {i + 1}")
+        for j, t in enumerate(row):
+            print(paint(spell(t, tokenizer) + "|", (CYAN, YELLOW)[j % 2]), end="\n" * (t == tokenizer.end))
+        print()
 
 
 def conversations(tokens, targets, mask, tokenizer, n=3):
     """SFT: the first n rows of a batch (B, T), each token over its id, and ^ where it is a target that trains."""
-    print(f"\n{mask.sum()} of {mask.numel()} targets train, the ones with ^; the loss is the mean over them")
+    print(f"\n{mask.sum()} of {mask.numel()} targets train, those with ^; the loss is their mean, the others are masked")
     ids, trained = torch.cat([tokens[:, :1], targets], 1), F.pad(mask, (1, 0))  # (B, T+1) each
     for row, marks in zip(ids[:n].tolist(), trained[:n].tolist()):
         print()
@@ -73,7 +75,7 @@ def pairs(model, tokens, mask, tokenizer):
     """Reward: rows (2n, T) of a chosen and a rejected answer in turn, the score after each token of the answer."""
     with common.autocast(tokens.device):
         scores = model(tokens, mask)  # (2n, T)
-    print("\nthe score after each token of an answer; the answer's own is that at its last token; loss -log sigmoid(chosen - rejected)")
+    print("\nthe score after each token of an answer; the last one counts: loss = -log sigmoid(chosen - rejected)")
     ends = scores.gather(1, last_true(mask)[:, None]).squeeze(1).tolist()  # as RewardModel.score reads them
     for i in range(0, len(tokens), 2):
         print("\n" + tokenizer.decode(tokens[i, : mask[i].int().argmax()].tolist()))
@@ -113,11 +115,12 @@ def episodes(step, batch, new_logprobs, tokenizer, config):
         for name, row in zip(names, rows.tolist()):
             print(paint(ljust(name, first) + "".join(map(number, row)), CYAN if row[7] > 0 else YELLOW))
         print(ljust("sum", first) + "".join(map(number, rows[:, :4].sum(0).tolist())) + f"   score {scores[i]:.5f}")
-    advantages, gamma_lam = columns["advantage"][mask], f"{config.gamma} * {config.lam}"  # (N,) over the batch
+    advantages = columns["advantage"][mask]  # (N,) over the batch
     print(
         f"""
 kl = log pi - log ref;  reward = -{config.beta} * kl, and + score at the last token;  return = advantage + value
-advantage[t] = reward[t] + {config.gamma} * value[t+1] - value[t] + {gamma_lam} * advantage[t+1], both 0 beyond the last token
-whitened = (advantage {-advantages.mean():+.5f}) / {advantages.std(correction=0):.5f}, mean and standard deviation of the batch's {len(advantages)} tokens
-ratio = pi after this iteration's update / pi; the loss stops pushing it beyond 1 + {config.clip} where whitened > 0, below 1 - {config.clip} where < 0"""
+value is the critic's before the token;  ratio = pi after this iteration's update / pi: the loss stops pushing it
+beyond 1 + {config.clip} where whitened > 0, and below 1 - {config.clip} where whitened < 0
+advantage[t] = reward[t] + {config.gamma} * value[t+1] - value[t] + {config.gamma} * {config.lam} * advantage[t+1], both 0 after the last token
+whitened = (advantage {-advantages.mean():+.5f}) / {advantages.std(correction=0):.5f}: mean and deviation of the batch's {len(advantages)} tokens"""
     )

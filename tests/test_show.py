@@ -81,7 +81,7 @@ def tables(out):
         elif line.startswith("sum  "):
             *sums, _, score = line.split()[1:]
             iteration[-1] |= dict(sums=np.array(sums, float), score=float(score), rows=np.array(iteration[-1]["rows"]))
-        elif match := re.match(r"whitened = \(advantage ([+-][\d.]+)\) / ([\d.]+), .* (\d+) tokens$", line):
+        elif match := re.match(r"whitened = \(advantage ([+-][\d.]+)\) / ([\d.]+): .* (\d+) tokens$", line):
             for table in iteration:
                 table |= dict(mean=-float(match[1]), std=float(match[2]), n=int(match[3]))
             found, iteration = found + iteration, []
