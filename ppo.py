@@ -2,6 +2,7 @@
 
     python ppo.py                                                   # the default world, against out/reward.pt
     python ppo.py --reward my_rewards:brevity --data mine.jsonl --out out/mine.pt
+    python ppo.py --show                                            # episodes with the credit of each token, then stop
 
 --data holds {"messages": [… ending in a user message]} a line. --reward is a reward model's checkpoint or
 package.module:function, any Python function (prompts, responses) -> list of floats over two lists of strings.

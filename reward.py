@@ -2,6 +2,7 @@
 
     python reward.py                                                # the default world, from out/sft.pt
     python reward.py --init out/sft.pt --data mine.jsonl --out out/reward.pt
+    python reward.py --show                                         # pairs with the score after each token, then stop
 
 --data holds {"messages": [… the prompt …], "chosen": "…", "rejected": "…"} a line.
 
