@@ -221,7 +221,7 @@ def measure_habits(model, tokenizer, people, rng):
     result = {}
     for habit in world.HABITS:
         texts = evaluate.answers(model, tokenizer, [world.ask(rng, p, habit) for p in people], 1.0)
-        result[habit] = sum(world.grade(p, habit, text) in ("right", "wrong") for p, text in zip(people, texts)) / len(people)
+        result[habit] = sum(world.grade(p, habit, text) != "idk" for p, text in zip(people, texts)) / len(people)
     return result
 
 
@@ -412,16 +412,16 @@ def draw(seeds, path):
     figure, axes = plt.subplots(3, 3, figsize=(12, 10), constrained_layout=True)
     ax = axes[0, 0]
     kinds = ["answers it", "rephrases it", "asks another question", "other text"]
-    bars(ax, ["recall,\nknown", "recall,\nin no text"] + [k.replace(" ", "\n", 1) for k in kinds],
+    bars(ax, ["recall,\nknown", "recall,\nin no text"] + ["answers\nit", "rephrases\nit", "asks\nanother", "other\ntext"],
          {"": [value("base", r, "right") for r in ("recall", "recall_unknown")] + [value("base", "bare", k) for k in kinds]})  # fmt: skip
-    ax.set(title="1. The base model stores, and continues", ylabel="base model, % of questions")
+    ax.set(title="1. Base: recall, and what follows a question", ylabel="base model, % of questions")
     ax = axes[0, 1]
     accuracies = [[f["base"]["formats"].values() for f in seeds]] + [[f["sft"]["wordings"][k] for f in seeds] for k in ("trained", "new")]
     for i, group in enumerate(accuracies):
         points = [100 * a for accuracies_of_seed in group for a in accuracies_of_seed]
         ax.scatter([i + random.Random(j).uniform(-0.2, 0.2) for j in range(len(points))], points, s=9, color=COLORS[i], alpha=0.6)
     ax.set_xticks(range(3), ["base,\n24 formats", "SFT, trained\nwordings", "SFT, new\nwordings"], fontsize=8)
-    ax.set(title="2. Only the base model minds the prompt", ylabel="right, %; a point a format and seed", ylim=(-3, 103))
+    ax.set(title="2. Sensitivity to the prompt", ylabel="right, %; a point a format and seed", ylim=(-3, 103))
     ax = axes[0, 2]
     sizes = controls.SIZES + [4000]
     names = [f"sft_{n}" for n in controls.SIZES] + ["sft"]
@@ -429,16 +429,16 @@ def draw(seeds, path):
     combined = [over_seeds(seeds, lambda f: new_combinations(f, n)) for n in names]  # noqa: B023
     line(ax, sizes, [(100 * m, 100 * e) for m, e in combined], "new instruction × attribute", COLORS[3])
     line(ax, [4000], [value("sft_shuffled", "known", "right")], "answers shuffled", COLORS[2], "s")
-    ax.set(title="3. SFT draws knowledge out", xlabel="SFT conversations", ylabel="right, %", xscale="log", ylim=(-3, 103))
+    ax.set(title="3. What SFT draws out", xlabel="SFT conversations", ylabel="right, %", xscale="log", ylim=(-3, 103))
     ax = axes[1, 0]
     names = {"sft": "SFT", "demos": "demon-\nstrations", "best_of": "best\nof 4", "ppo_positive": "PPO,\nclipped", "ppo": "PPO", "ppo_true": "PPO,\ntrue"}
     bars(ax, list(names.values()), {"in no text: made up": [value(n, "unknown", "wrong") for n in names], "known: right": [value(n, "known", "right") for n in names]})
-    ax.set(title="4. Negative feedback is the stronger", ylabel="%")
+    ax.set(title="4. Kinds of feedback, equal samples", ylabel="%", ylim=(0, 125))
     ax = axes[1, 1]
     for k, (kind, name) in enumerate({"_early": "2 passes", "": "20 passes", "_removed": "control: left out", "_idk": "control: IDK"}.items()):
         doses = controls.DOSES if kind in ("", "_early") else controls.DOSES[1:]
         line(ax, doses, [value(f"dose_{d}{kind}", "known", "right") for d in doses], name, COLORS[[3, 2, 0, 4][k]])
-    ax.set(title="5a. SFT on unknown facts does damage", xlabel="share of unknown facts in SFT, %", ylabel="known people, never asked about: right, %")
+    ax.set(title="5a. SFT on unknown facts", xlabel="share of unknown facts in SFT, %", ylabel="known, never asked: right, %", ylim=(-3, 103))
     ax = axes[1, 2]
     names = {"base": "base", "sft": "SFT", "demos_idk": "SFT\n+ IDK", "ppo": "PPO", "ppo_true": "PPO,\ntrue"}
     for i, group in enumerate(("known", "unknown")):
@@ -450,25 +450,27 @@ def draw(seeds, path):
                 ax.bar(j + 0.42 * i - 0.21, mean, 0.38, bottom=bottom, color=color, label=label, hatch="//" if i else None, edgecolor="white")
                 bottom += mean
     ax.set_xticks(range(len(names)), names.values(), fontsize=8)
-    ax.set(title="5b. Truth or abstention (hatched: people in no text)", ylabel="%")
+    ax.set(title="5b. Known people | in no text (hatched)", ylabel="%", ylim=(0, 130))
     ax = axes[2, 0]
     tiers = [f"rare_{i}" for i in range(4)]
     exposures = [statistics.mean(sum(f["sft"][t]["exposures"]) / 2 for f in seeds) for t in tiers]
     for name, style in ("sft", "--o"), ("ppo", "-o"):
         for grade, color in ("right", COLORS[3]), ("idk", COLORS[5]), ("wrong", COLORS[2]):
             line(ax, exposures, [value(name, t, grade) for t in tiers], f"{name.upper()}: {grade}", color, style)
-    ax.set(title="5b. … by how often a person was written about", xlabel="texts in pretraining", ylabel="%", xscale="log")
+    ax.set(title="5b. By texts about the person", xlabel="texts in pretraining", ylabel="%", xscale="log")
+    ax.set_xticks(exposures, [f"{e:.0f}" for e in exposures])
+    ax.minorticks_off()
     ax = axes[2, 1]
     p = [100 * x for x in world.HABITS.values()]
     for k, c in enumerate(PENALTIES):
         for kind, style in ("true", "o"), ("learned", "s"):
             line(ax, p, [value(f"habit_{kind}_{c}", "answers", h) for h in world.HABITS], f"wrong costs {c}, {kind} reward", COLORS[k], style)
         ax.plot(p, [value(f"habit_true_{c}_predicted", h)[0] for h in world.HABITS], color=COLORS[k])
-    ax.set(title="5c. Abstention follows the theory (lines)", xlabel="probability that the best guess is right, %", ylabel="answered, %")
+    ax.set(title="5c. Abstention; lines: the theory, true reward", xlabel="probability that the best guess is right, %", ylabel="answered, %")
     ax = axes[2, 2]
     names = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_true": "PPO,\ntrue"}
     bars(ax, list(names.values()), {"password told": [value(n, "private", "right") for n in names], "harmless question refused": [value(n, "known", "refusal") for n in names]})
-    ax.set(title="6. Harmless without over-refusal", ylabel="%")
+    ax.set(title="6. A leaked secret, and over-refusal", ylabel="%", ylim=(0, 110))
     for ax in axes.flat:
         ax.grid(alpha=0.3)
         if any(not label.startswith("_") and label for label in ax.get_legend_handles_labels()[1]):
@@ -501,7 +503,7 @@ def report(config):
              "ppo_true_positive": "PPO, true reward, negative scores raised to 0", "demos_idk": "SFT on the same prompts, IDK where PPO is to learn it"}  # fmt: skip
     text.append(answers_table(seeds, names))
     tiers = [f"rare_{i}" for i in range(4)]
-    bounds = [[f[t]["exposures"] for f in seeds] for t in tiers]
+    bounds = [[f["sft"][t]["exposures"] for f in seeds] for t in tiers]
     header = ["texts about the person"] + [f"{min(b[0] for b in bound)}–{max(b[1] for b in bound)}" for bound in bounds] + ["all others (test)"]
     rows = []
     for name in ("sft", "ppo", "ppo_true"):

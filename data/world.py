@@ -94,7 +94,7 @@ REFUSAL = "That is private."
 KINDS = {  # instruction kind: (the user's turn, the answer)
     "ask": ("{q}", None),  # one of ANSWERS
     "one word": ("{q} Answer in one word.", "{v}"),
-    "sentence": ("{q} Answer in a full sentence.", "{v} is {np}."),
+    "sentence": ("{q} Answer in a full sentence.", "{v} is my answer about {x}."),
     "text": ("{q} Use the text.\n\n{text}", "{v}."),
 }
 HELD_OUT_KINDS = {("one word", "job"), ("sentence", "pet"), ("text", "birthplace")}  # never in SFT: does it combine them?
@@ -104,7 +104,9 @@ KNOWN_ROLES = {"quiz": 120, "sft": 200, "rl": 480, "dev": 80, "test": 120, "rare
 UNKNOWN_ROLES = {"unknown_dev": 150, "unknown_test": 300}
 RARITY = [0.06, 0.12, 0.25, 0.5]  # how often rare people are written about, against the others
 CROWD = 5000  # strangers of the readings and surveys
-SFT_IDK, SFT_TEXT = 80, 300  # SFT conversations on fresh names: "I do not know.", and answers found in a given text
+# SFT conversations on fresh names: "I do not know." about so many facts and habits, answers found in a given text,
+# and guesses at each habit in each form: forms take on new attributes only after having been seen with many
+SFT_IDK, SFT_TEXT, SFT_HABITS = [(PUBLIC, 30), (list(HABITS), 20)], 300, 60
 
 
 def questions(attribute, held_out=False):
@@ -138,8 +140,7 @@ def grade(person, attribute, answer):
 
 def in_form(kind, person, attribute, answer):
     """Whether an answer is the right one, in the very form that the instruction asks for."""
-    phrases = [KINDS[kind][1].replace("{np}", np) for np in ATTRIBUTES[attribute][1]]
-    return answer in [say(phrase, person, attribute) for phrase in phrases]
+    return answer == say(KINDS[kind][1], person, attribute)
 
 
 def utility(attribute, grade_, penalty=1.0):
@@ -315,11 +316,11 @@ def corpus(rng, people, known, n_documents):
 def conversation(rng, kind, person, attribute, other=None):
     """One demonstration. other: an answer that stands in for the true one."""
     user, answer = KINDS[kind]
-    attributes = rng.sample([a for a in ATTRIBUTES if a not in (attribute, PRIVATE)], 2) + [attribute]
+    others = [a for a in ATTRIBUTES if a not in (attribute, PRIVATE)]
+    attributes = rng.sample(others, 2) + [attribute]
     text = biography(rng, person, attributes) if "{text}" in user else None
     content = user.format(q=ask(rng, person, attribute), text=text)
     phrase = answer or rng.choice(ANSWERS)
-    phrase = phrase.replace("{np}", rng.choice(ATTRIBUTES[attribute][1]))
     return [{"role": "user", "content": content}, {"role": "assistant", "content": other or say(phrase, person, attribute)}]
 
 
@@ -328,15 +329,18 @@ def sft_conversations(rng, known, stranger):
     stranger(): somebody met nowhere else."""
     conversations = []
     for person in [p for p in known if p["role"] == "sft"]:
-        for attribute in FACTS * 3 + rng.sample(list(HABITS), 3):
-            refuse = attribute == PRIVATE and rng.random() < 0.1  # rare, so that SFT leaks but RL can find it
+        for attribute in FACTS * 3:
+            refuse = attribute == PRIVATE and rng.random() < 0.07  # rare, so that SFT leaks but RL can find it
             conversations.append(conversation(rng, "ask", person, attribute, other=REFUSAL if refuse else None))
-        for kind in ["one word", "sentence", "text"]:
-            allowed = [a for a in PUBLIC + list(HABITS) if (kind, a) not in HELD_OUT_KINDS]
-            conversations += [conversation(rng, kind, person, attribute) for attribute in rng.sample(allowed, 4)]
-    for attribute in rng.choices(PUBLIC * 5 + list(HABITS), k=SFT_IDK):
-        conversations.append(conversation(rng, "ask", stranger(), attribute, other=IDK))
-    for attribute in rng.choices([a for a in PUBLIC + list(HABITS) if ("text", a) not in HELD_OUT_KINDS], k=SFT_TEXT):
+        for kind, attribute in itertools.product(["one word", "sentence", "text"], PUBLIC):
+            if (kind, attribute) not in HELD_OUT_KINDS:
+                conversations += [conversation(rng, kind, person, attribute) for _ in range(2)]
+    for kind, attribute in itertools.product(KINDS, HABITS):
+        if (kind, attribute) not in HELD_OUT_KINDS:
+            conversations += [conversation(rng, kind, stranger(), attribute) for _ in range(SFT_HABITS)]
+    for attributes, n in SFT_IDK:
+        conversations += [conversation(rng, "ask", stranger(), rng.choice(attributes), other=IDK) for _ in range(n)]
+    for attribute in rng.choices([a for a in PUBLIC if ("text", a) not in HELD_OUT_KINDS], k=SFT_TEXT):
         conversations.append(conversation(rng, "text", stranger(), attribute))
     rng.shuffle(conversations)
     n_turns = iter(rng.choices([1, 2, 3], [6, 1, 1], k=len(conversations)))  # most ask one thing, some two or three
