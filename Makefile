@@ -1,6 +1,7 @@
 # make              set up, then the whole recipe: world -> tokenizer -> pretrain -> SFT -> reward model -> PPO -> out/report.md
 # make test         set up, then the tests
 # make experiments  every claim with its control on three seeds, about an hour on 2 cores; goes on where it was interrupted
+# make bench        speed against what users would pick instead, and how cost grows: out/bench.md; BENCH=--help lists its flags
 # make clean        remove out/ and the default world; the virtual environment stays
 # make CHECK=--check   the same as make, and fails where a figure of the report is below its floor
 # Each stage reruns only when its script, the code it uses or its input changed.
@@ -14,7 +15,7 @@ WORLD := data/world/people.jsonl
 # Threads that wait spin only briefly, then sleep: as fast on free cores, several times faster where one is busy with something else.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: all test experiments clean
+.PHONY: all test experiments bench clean
 .DELETE_ON_ERROR:
 all: out/report.md
 
@@ -54,6 +55,18 @@ test: $(VENV)/ready-test
 
 experiments: | $(VENV)/ready
 	$(RUN) experiments.py
+
+# Rows that need TRL or tiny Shakespeare are left out where neither was there before nor a network brings it.
+.venv-trl/ready: requirements-test.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch trl==1.12.0
+	touch $@
+
+bench: $(VENV)/ready-test
+	-$(MAKE) .venv-trl/ready
+	-test -e data/shakespeare/val.bin || $(RUN) -m data.fetch text shakespeare --out data/shakespeare
+	$(RUN) -m bench.run $$(test ! -e .venv-trl/ready || echo --trl_python .venv-trl/bin/python) \
+		$$(test ! -e data/shakespeare/val.bin || echo --shakespeare data/shakespeare) $(BENCH)
 
 clean:
 	rm -rf out data/world
