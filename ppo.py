@@ -134,12 +134,12 @@ def value_loss(values, old_values, returns, mask, clip):
 # ---- forward passes
 
 
-def response_logprobs(model, tokens, mask, temperature):
-    """log pi of each action (B, T), 0 outside the mask, and the mean entropy of the policy there; tokens (B, T+1)."""
+def response_logprobs(model, tokens, mask, temperature, with_entropy=False):
+    """log pi of each action (B, T), 0 outside the mask, and the mean entropy of the policy there or None; tokens (B, T+1)."""
     hidden = model.hidden(tokens[:, :-1])[mask]  # (N, C): only the response's positions need logits
     logits = model.logits(hidden) / temperature  # (N, V)
     taken = token_logprobs(logits, tokens[:, 1:][mask])  # (N,)
-    entropy = torch.distributions.Categorical(logits=logits.detach()).entropy().mean()
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean() if with_entropy else None
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, taken), entropy
 
 
@@ -196,7 +196,8 @@ def rollout(policy, ref, critic, score, prompts, texts, tokenizer, config):
     with common.autocast(policy.device):
         tokens, mask, responses = generate_responses(policy, prompts, tokenizer, config)
         t1 = time.time()
-        logprobs, entropy = response_logprobs(policy, tokens, mask, config.temperature)  # not the sampler's: it rounds otherwise
+        # not the sampler's log-probabilities: it rounds otherwise
+        logprobs, entropy = response_logprobs(policy, tokens, mask, config.temperature, with_entropy=True)
         ref_logprobs, _ = response_logprobs(ref, tokens, mask, config.temperature)
         values = action_values(critic, tokens, mask)
     scores = score(tokens, mask, texts, [conversation.decode_response(r, tokenizer) for r in responses])  # (B,)

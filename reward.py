@@ -65,7 +65,9 @@ class RewardModel(nn.Module):
     def forward(self, tokens, mask):
         """tokens (B, T), mask (B, T) True on the answer's tokens -> scores (B, T) of the answer up to each token."""
         hidden = self.trunk.hidden(tokens)  # (B, T, C)
-        logprobs = token_logprobs(self.trunk.logits(hidden[:, :-1]), tokens[:, 1:]) * mask[:, 1:]  # (B, T-1)
+        mask = mask[:, 1:]  # (B, T-1): True where the next token is the answer's; only there are logits needed
+        taken = token_logprobs(self.trunk.logits(hidden[:, :-1][mask]), tokens[:, 1:][mask])  # (N,)
+        logprobs = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, taken)  # (B, T-1)
         likelihood = F.pad(logprobs.cumsum(1), (1, 0))  # (B, T): log-probability of the answer up to and with token t
         return self.head(hidden).squeeze(-1).float() + self.likelihood_weight * likelihood
 
