@@ -108,10 +108,7 @@ def our_ppo(model_sizes, p, device):
 
     def iteration():
         batch, _, _ = ppo.rollout(policy, ref, critic, odd_ids, prompts, prompts, ids, config)
-        rewards = ppo.token_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], batch["mask"], config.beta)
-        advantages, batch["returns"] = ppo.gae(rewards, batch["values"], batch["mask"], config.gamma, config.lam)
-        batch["advantages"] = ppo.whiten(advantages, batch["mask"])
-        ppo.update(policy, critic, optimizers, batch, 1.0, config)
+        ppo.update(policy, critic, optimizers, ppo.credit(batch, config.beta, config), 1.0, config)
 
     return iteration, policy
 
