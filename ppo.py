@@ -285,8 +285,8 @@ def main():
         torch.nn.init.zeros_(critic.head.weight)
         torch.nn.init.zeros_(critic.likelihood_weight)
     if config.compile:
-        for model in (policy, ref, critic):
-            model.compile()
+        for model in (policy, ref, critic.trunk):
+            model.hidden = torch.compile(model.hidden)
     prompts, texts = load_prompts(config.data, tokenizer, config, policy.config.block_size)
     n_val = min(config.val_prompts, len(prompts) // 4)
     val, train = range(n_val), range(n_val, len(prompts))

@@ -164,7 +164,7 @@ def main():
     model = RewardModel(sft.config).to(device)
     model.trunk.load_state_dict(sft.state_dict())
     if config.compile:
-        model.compile()
+        model.trunk.hidden = torch.compile(model.trunk.hidden)
     pairs = load_pairs(config.data, tokenizer, model.config.block_size)
     n_val = max(1, round(config.val_share * len(pairs)))
     val, train = pairs[:n_val], pairs[n_val:]

@@ -106,7 +106,7 @@ RARITY = [0.06, 0.12, 0.25, 0.5]  # how often rare people are written about, aga
 CROWD = 5000  # strangers of the readings and surveys
 # SFT conversations on fresh names: "I do not know." about so many facts and habits, answers found in a given text,
 # and guesses at each habit in each form: forms take on new attributes only after having been seen with many
-SFT_IDK, SFT_TEXT, SFT_HABITS = [(PUBLIC, 30), (list(HABITS), 20)], 300, 60
+SFT_IDK, SFT_TEXT, SFT_HABITS = [(PUBLIC, 20), (list(HABITS), 50)], 300, 60
 
 
 def questions(attribute, held_out=False):

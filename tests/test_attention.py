@@ -110,7 +110,7 @@ def sft_steps():
 
 def reward_steps():
     model = tiny.critic(tiny.gpt())
-    model.compile(backend="eager")
+    model.trunk.hidden = torch.compile(model.trunk.hidden, backend="eager")
 
     def step(length):
         pairs = list(zip(examples(length), examples(length)))
@@ -122,8 +122,8 @@ def reward_steps():
 def ppo_steps():
     policy, ref = tiny.gpt(), tiny.gpt()
     critic = tiny.critic(policy)
-    for model in (policy, ref, critic):
-        model.compile(backend="eager")
+    for model in (policy, ref, critic.trunk):
+        model.hidden = torch.compile(model.hidden, backend="eager")
     optimizers = common.make_optimizers(policy, 1e-3) + common.make_optimizers(critic, 1e-3)
     config = ppo.Config(minibatch_size=4, micro_batch_size=4, epochs=1, max_new_tokens=4)
 

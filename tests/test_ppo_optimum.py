@@ -19,6 +19,7 @@ CONFIG = ppo.Config(
     batch_size=256,
     minibatch_size=256,
     micro_batch_size=256,
+    epochs=4,
     max_new_tokens=tiny.MAX_NEW_TOKENS,
     temperature=0.7,
     lr=2e-3,
