@@ -127,6 +127,14 @@ def optimizer_step(model, optimizers, factor, clip=1.0):
 # ---- batches
 
 
+def hold_out(records, share):
+    """(train, val): val is the last share of the records, rounded up; from 1 on share is their number."""
+    n_train = len(records) - math.ceil(share if share >= 1 else share * len(records))
+    if not 0 < n_train <= len(records):
+        die(f"{share:g} cannot be held out of {len(records)} records; give a share below 1, or a number below {len(records)}")
+    return records[:n_train], records[n_train:]
+
+
 class Batches:
     """batches[step]: the indices of the step's rows, rows of like length together so that few pads are computed.
 

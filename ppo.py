@@ -53,7 +53,7 @@ class Config:
     value_coef: float = 0.1  # weight of the value loss
     no_end_score: float = -3.0  # score of a response that does not end, in place of the reward model's
     min_score: float = -math.inf  # lower scores are raised to it; 0: no negative feedback, an experiment's control
-    val_prompts: int = 512  # prompts held out for the score before and after
+    val_prompts: int = 512  # prompts, the file's last, held out for the score before and after; at most a quarter
     log_every: int = 5  # iterations between log lines
     save_every: int = 20  # iterations between states for --resume
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -289,7 +289,7 @@ def main():
             model.hidden = torch.compile(model.hidden)
     prompts, texts = load_prompts(config.data, tokenizer, config, policy.config.block_size)
     n_val = min(config.val_prompts, len(prompts) // 4)
-    val, train = range(n_val), range(n_val, len(prompts))
+    train, val = common.hold_out(range(len(prompts)), n_val)
     if len(train) < config.batch_size:
         common.die(f"{config.data}: {len(train)} prompts to train on are fewer than --batch_size {config.batch_size}")
     batches = common.Batches([0] * len(train), config.batch_size, config.seed)

@@ -33,7 +33,7 @@ class Config:
     batch_size: int = 32  # pairs a step
     lr: float = 3e-4  # peak learning rate
     warmup: int = 20  # steps to the peak
-    val_share: float = 0.08  # share of the pairs held out for the accuracy
+    val_share: float = 0.08  # share of the pairs, the file's last, held out for the accuracy; from 1 on: how many
     calibration: int = 512  # prompts whose SFT answers get mean score 0 and standard deviation 1
     max_new_tokens: int = 16  # longest of these answers
     eval_every: int = 50  # steps between accuracies
@@ -50,7 +50,7 @@ class RewardModel(nn.Module):
     The head reads the last hidden state, and the log-probability that the trunk itself gives the answer so far,
     weighed by a learned scalar. Why: a small model's hidden state does not tell whether a stated fact is true, even
     about people it knows (right above wrong in 50% of pairs), but its language model does (100%, and just so
-    about people whom no pair showed it).
+    about people whom no pair showed it). The scalar starts where likelihood_fit puts it.
     """
 
     def __init__(self, config: GPTConfig):
@@ -65,11 +65,15 @@ class RewardModel(nn.Module):
     def forward(self, tokens, mask):
         """tokens (B, T), mask (B, T) True on the answer's tokens -> scores (B, T) of the answer up to each token."""
         hidden = self.trunk.hidden(tokens)  # (B, T, C)
+        likelihood = self.likelihood(hidden, tokens, mask)  # (B, T)
+        return self.head(hidden).squeeze(-1).float() + self.likelihood_weight * likelihood
+
+    def likelihood(self, hidden, tokens, mask):
+        """log p(the answer up to and with token t | the prompt), by the trunk: (B, T) from its hidden states (B, T, C)."""
         mask = mask[:, 1:]  # (B, T-1): True where the next token is the answer's; only there are logits needed
         taken = token_logprobs(self.trunk.logits(hidden[:, :-1][mask]), tokens[:, 1:][mask])  # (N,)
         logprobs = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, taken)  # (B, T-1)
-        likelihood = F.pad(logprobs.cumsum(1), (1, 0))  # (B, T): log-probability of the answer up to and with token t
-        return self.head(hidden).squeeze(-1).float() + self.likelihood_weight * likelihood
+        return F.pad(logprobs.cumsum(1), (1, 0))
 
     def score(self, tokens, mask):
         """The scores (B,) at the last token of each answer."""
@@ -85,7 +89,10 @@ def preference_loss(chosen, rejected):
 
 
 def load_pairs(path, tokenizer, block_size):
-    """[(chosen, rejected)], each (tokens, mask) with mask 1 on the answer; pairs alike within block_size are left out."""
+    """[(chosen, rejected)], each (tokens, mask) with mask 1 on the answer.
+
+    What does not fit in block_size goes from the prompt's beginning, then from the answer's end; pairs then alike are left out.
+    """
 
     def problem(record):
         if wrong := conversation.check(record.get("messages")):
@@ -98,12 +105,11 @@ def load_pairs(path, tokenizer, block_size):
     records = common.read_jsonl(path, problem)
     pairs = []
     for record in records:
-        n_prompt = len(conversation.render_prompt(record["messages"], tokenizer))
-        pair = []
-        for answer in (record["chosen"], record["rejected"]):
-            tokens, _ = conversation.render(record["messages"] + [{"role": "assistant", "content": answer}], tokenizer)
-            mask = [0] * n_prompt + [1] * (len(tokens) - n_prompt)
-            pair.append((tokens[:block_size], mask[:block_size]))
+        prompt = conversation.render_prompt(record["messages"], tokenizer)
+        answers = [tokenizer.encode(record[which]) + [tokenizer.end] for which in ("chosen", "rejected")]
+        too_long = len(prompt) + max(map(len, answers)) - block_size
+        prompt = prompt[min(max(too_long, 0), len(prompt) - 1) :]  # the same for both, and <|assistant|> stays
+        pair = [((prompt + a)[:block_size], ([0] * len(prompt) + [1] * len(a))[:block_size]) for a in answers]
         if pair[0] != pair[1]:
             pairs.append(pair)
     if not pairs:
@@ -128,13 +134,39 @@ def score_pairs(model, pairs, pad, device):
 
 
 @torch.no_grad()
-def accuracy(model, pairs, pad, device):
-    """Share of pairs whose chosen answer scores higher."""
+def validate(model, pairs, pad, device):
+    """The share of pairs whose chosen answer scores higher, and its standard error; nothing without pairs."""
+    if not pairs:
+        return {}
     right = 0
     for i in range(0, len(pairs), 64):
         chosen, rejected = score_pairs(model, pairs[i : i + 64], pad, device)
         right += (chosen > rejected).sum().item()
-    return right / len(pairs)
+    accuracy = right / len(pairs)
+    return dict(val_accuracy=accuracy, val_accuracy_se=math.sqrt(accuracy * (1 - accuracy) / len(pairs)))
+
+
+@torch.no_grad()
+def likelihood_fit(model, pairs, pad, device):
+    """The w in [-1, 1] at which w log p(answer) alone explains the pairs best: the root of the preference loss's slope.
+
+    For short answers that state facts it is about 1. For long ones likelihoods differ by tens of nats, mostly by length:
+    a weight of 1 would start at a loss of 11, and Adam's steps on one scalar are too small to bring it down.
+    """
+    differences = []
+    for i in range(0, len(pairs), 64):
+        batch = pairs[i : i + 64]
+        tokens, mask = collate([chosen for chosen, _ in batch] + [rejected for _, rejected in batch], pad, device)  # (2B, T)
+        with common.autocast(device):
+            likelihood = model.likelihood(model.trunk.hidden(tokens), tokens, mask)  # (2B, T)
+        chosen, rejected = likelihood.gather(1, last_true(mask)[:, None]).squeeze(1).chunk(2)
+        differences.append(chosen - rejected)
+    d = torch.cat(differences).double()  # (N,)
+    low, high = -1.0, 1.0
+    for _ in range(40):  # bisection: the loss is convex in w, its slope is -mean(d sigmoid(-w d))
+        w = (low + high) / 2
+        low, high = (low, w) if (d * torch.sigmoid(-w * d)).mean() < 0 else (w, high)
+    return w
 
 
 @torch.no_grad()
@@ -166,8 +198,7 @@ def main():
     if config.compile:
         model.trunk.hidden = torch.compile(model.trunk.hidden)
     pairs = load_pairs(config.data, tokenizer, model.config.block_size)
-    n_val = max(1, round(config.val_share * len(pairs)))
-    val, train = pairs[:n_val], pairs[n_val:]
+    train, val = common.hold_out(pairs, config.val_share)
     if len(train) < config.batch_size:
         common.die(f"{config.data}: {len(train)} pairs to train on are fewer than --batch_size {config.batch_size}")
     batches = common.Batches([len(chosen[0]) for chosen, _ in train], config.batch_size, config.seed)
@@ -177,8 +208,10 @@ def main():
     steps = config.steps or config.epochs * len(batches)
     optimizers = common.make_optimizers(model, config.lr, weight_decay=0.0, eps=1e-5)
     n_params = sum(p.numel() for p in model.parameters())
-    print(f"{n_params:,} parameters, {len(train):,} + {n_val} pairs, {steps} steps of {config.batch_size}")
-    print(f"initial accuracy {accuracy(model, val, tokenizer.pad, device):.3f}")
+    print(f"{n_params:,} parameters, {len(train):,} + {len(val)} pairs, {steps} steps of {config.batch_size}")
+    model.likelihood_weight.data.fill_(likelihood_fit(model, train[:1024], tokenizer.pad, device))
+    initial = ", ".join(f"{k} {v:.3f}" for k, v in validate(model, val, tokenizer.pad, device).items())
+    print(f"before training: likelihood weight {model.likelihood_weight.item():.3f}, {initial}")
 
     log = common.Log(config.out)
     parts = {"model": model} | {f"optimizer{i}": o for i, o in enumerate(optimizers)}
@@ -189,9 +222,9 @@ def main():
         grad_norm = common.optimizer_step(model, optimizers, common.lr_factor(step, steps, config.warmup))
 
         if (step + 1) % config.eval_every == 0 or step + 1 == steps:
-            val_accuracy = accuracy(model, val, tokenizer.pad, device)
             margin = (chosen - rejected).mean().item()
-            log(step + 1, train_loss=loss.item(), val_accuracy=val_accuracy, margin=margin, grad_norm=grad_norm.item())
+            held_out = validate(model, val, tokenizer.pad, device)
+            log(step + 1, train_loss=loss.item(), **held_out, margin=margin, grad_norm=grad_norm.item())
     longest = model.config.block_size - config.max_new_tokens
     prompts = [tokens[: mask.index(1)] for (tokens, mask), _ in train if 1 in mask[:longest]][: config.calibration]
     torch.manual_seed(config.seed)

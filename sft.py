@@ -30,7 +30,7 @@ class Config:
     lr: float = 5e-4  # peak learning rate, a sixth of pretraining's
     weight_decay: float = 0.0  # short runs need none
     warmup: int = 20  # steps to the peak
-    val_share: float = 0.02  # share of the conversations held out for the validation loss
+    val_share: float = 0.02  # share of the conversations, the file's last, held out for the validation loss; from 1 on: how many
     eval_every: int = 10  # steps between validation losses
     save_every: int = 200  # steps between states for --resume
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -96,8 +96,7 @@ def main():
     if config.compile:
         model.compile()
     examples = load_examples(config.data, tokenizer, model.config.block_size)
-    n_val = max(1, round(config.val_share * len(examples))) if config.val_share else 0
-    val, train = examples[:n_val], examples[n_val:]
+    train, val = common.hold_out(examples, config.val_share)
     if len(train) < config.batch_size:
         common.die(f"{config.data}: {len(train)} conversations to train on are fewer than --batch_size {config.batch_size}")
     batches = common.Batches([len(tokens) for tokens, _ in train], config.batch_size, config.seed)
@@ -105,7 +104,7 @@ def main():
         return show.conversations(*collate([train[i] for i in batches[0]], tokenizer.pad, device), tokenizer)
     steps = config.steps or config.epochs * len(batches)
     optimizers = common.make_optimizers(model, config.lr, weight_decay=config.weight_decay)
-    print(f"{model.n_params():,} parameters, {len(train):,} + {n_val} conversations, {steps} steps of {config.batch_size}")
+    print(f"{model.n_params():,} parameters, {len(train):,} + {len(val)} conversations, {steps} steps of {config.batch_size}")
     if val:
         print(f"initial validation loss {validate(model, val, tokenizer.pad, device):.3f}")
 

@@ -5,8 +5,9 @@
     python -m data.fetch instructions alpaca --out data/alpaca              # or llms-from-scratch
     python -m data.fetch preferences --from pairs.jsonl.gz --out data/hh    # or hh-harmless, ultrafeedback, llms-from-scratch
 
-text          train.bin, val.bin and tokenizer.tiktoken. Records need "text"; each is a document and gets an end
-              token, as does each .txt of a folder. A single .txt is one stream, and ends where it has <|endoftext|>.
+text          train.bin, val.bin and tokenizer.tiktoken. Records need "text", or are those of sft.jsonl and
+              preferences.jsonl; each is a document and gets an end token, as does each .txt of a folder. A single .txt
+              is one stream, and ends where it has <|endoftext|>.
 instructions  sft.jsonl, from {"messages": [...]} or {"instruction", "input", "output"} (Alpaca; input may be missing).
 preferences   preferences.jsonl and prompts.jsonl, from "chosen" and "rejected": answers, with the prompt in "messages",
               "prompt" or "instruction" and "input"; or whole conversations, as lists of messages (UltraFeedback) or as

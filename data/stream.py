@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import common
 import data.tokenizer
+from data import conversation
 
 ENDINGS = (".txt", ".jsonl", ".json", ".parquet")
 PIECE = 1 << 20  # characters; a longer text is read and tokenized in pieces of about this size
@@ -106,6 +107,16 @@ def string(record, key):
 # ---- text
 
 
+def record_text(record):
+    """A document: the record's "text", or all that is said in its conversation and in the two answers of a preference pair."""
+    if "text" in record or "messages" not in record:
+        return string(record, "text")
+    if problem := conversation.check(record["messages"]):
+        raise ValueError(problem)
+    answers = [string(record, key) for key in ("chosen", "rejected") if key in record]
+    return "\n\n".join([string(m, "content") for m in record["messages"]] + answers)
+
+
 SEPARATOR = re.compile(r"<\|endoftext\|>\s*(?=\S)")
 CUT = re.compile(r"(?<=[^\W_])(?=[ \n])")  # a token always ends here, so pieces give the tokens of the whole
 
@@ -138,7 +149,7 @@ def read_pieces(source, bar=None):
             if path.name.removesuffix(".gz").endswith(".txt"):
                 pieces = split_text(path, f, is_document=source.is_dir())
             else:
-                pieces = read_records(path, f, lambda record: (string(record, "text"), True), ["text"])
+                pieces = read_records(path, f, lambda record: (record_text(record), True), ["text"])
             for piece in pieces:
                 yield piece
                 if bar is not None:

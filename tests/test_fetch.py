@@ -316,6 +316,14 @@ def test_each_text_of_a_folder_is_a_document_in_the_order_of_names(tmp_path):
     assert read_documents(tmp_path / "out") == ["first", "second\n", "third", ""]
 
 
+def test_what_is_said_in_conversations_and_pairs_is_text_too(tmp_path):
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a\nb"}]
+    write(tmp_path / "texts/1.jsonl", [{"messages": turns}, {"messages": turns[:2], "chosen": "yes", "rejected": "no"}])
+    write(tmp_path / "texts/2.jsonl", [{"messages": turns, "text": "t"}])
+    run("text", "--from", tmp_path / "texts", "--tokenizer", "char", "--out", tmp_path / "out")
+    assert read_documents(tmp_path / "out") == ["s\n\nq\n\na\nb", "s\n\nq\n\nyes\n\nno", "t", ""]
+
+
 @pytest.mark.parametrize("piece", [3, 10, 1 << 20])
 def test_endoftext_in_a_text_ends_a_document(tmp_path, monkeypatch, piece):
     monkeypatch.setattr(stream, "PIECE", piece)
@@ -596,6 +604,8 @@ def test_the_real_files_convert(tmp_path):
         ("text", "a.jsonl", '{"text": "a"}\n\n{"text": "b"\n', "a.jsonl, line 3: not JSON"),
         ("text", "a.jsonl", '{"text": "a"}\n{"content": "b"}\n', 'a.jsonl, line 2: needs "text"'),
         ("text", "a.jsonl", '{"text": 1}\n', 'a.jsonl, line 1: needs "text"'),
+        ("text", "a.jsonl", '{"messages": [1]}\n', "a.jsonl, line 1: message 1 must be"),
+        ("text", "a.jsonl", [{"messages": [user("p")], "chosen": 1}], 'a.jsonl, line 1: needs "chosen"'),
         ("text", "a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, line 1: not JSON in UTF-8"),
         ("text", "a.jsonl", '[{"text": "a"}]\n', "a.jsonl, line 1: not an object"),
         ("text", "a.json", '{"text": "a"}\n{"text": "b"}\n', "a.json: not JSON"),

@@ -1,6 +1,7 @@
 """Estimators of the KL divergence by enumeration of all responses, and the preference loss in a world whose scores are known."""
 
 import math
+import random
 
 import pytest
 import tiny
@@ -156,6 +157,28 @@ def test_a_score_is_the_heads_plus_the_weighed_log_probability_of_the_answer():
             model.likelihood_weight.fill_(weight)
             expected = head + weight * tiny.exact_logprobs(model.trunk, prompt, temperature=1.0)
             torch.testing.assert_close(model.score(tokens, mask).double(), expected, atol=1e-4, rtol=0)
+
+
+@tiny.in_precision(torch.float32)
+def test_the_likelihoods_weight_starts_where_the_preference_loss_is_least():
+    """Among 2001 weights, by the scores of the real model with a head of 0; at the bound where likelihood explains all."""
+    model = tiny.critic(tiny.gpt())
+    torch.nn.init.zeros_(model.head.weight)
+    examples = [([0, 3] + torch.randint(11, (n,)).tolist(), [0, 0] + [1] * n) for n in torch.randint(1, 9, (200,)).tolist()]
+    likelihood = model.score(*reward.collate(examples, 0, tiny.CPU)).tolist()
+    rng = random.Random(0)
+    for slope in (0.3, -0.2, 50.0):
+        pairs, differences = [], []
+        for i, j in zip(range(0, 200, 2), range(1, 200, 2)):
+            if rng.random() > torch.sigmoid(torch.tensor(slope * (likelihood[i] - likelihood[j]))):
+                i, j = j, i
+            pairs.append((examples[i], examples[j]))
+            differences.append(likelihood[i] - likelihood[j])
+        weights = torch.linspace(-1, 1, 2001)[:, None]  # (2001, 1)
+        losses = -torch.nn.functional.logsigmoid(weights * torch.tensor(differences)).mean(1)  # (2001,)
+        best = weights[losses.argmin()].item()
+        assert reward.likelihood_fit(model, pairs, 0, tiny.CPU) == pytest.approx(best, abs=1.1e-3)
+        assert (best == 1) == (slope == 50)
 
 
 @tiny.in_precision(torch.float32)

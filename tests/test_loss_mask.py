@@ -142,6 +142,26 @@ def test_a_preference_pairs_mask_covers_exactly_the_answer_and_its_end_token():
         assert TOKENIZER.decode(row.tolist()) == whole_text(history) + f"<|assistant|>{answer}<|end|>"
 
 
+@given(n_prompt=st.integers(0, 40), n_chosen=st.integers(0, 40), n_rejected=st.integers(0, 40))
+def test_a_pair_too_long_for_the_model_loses_its_prompts_beginning_before_its_answers_end(n_prompt, n_chosen, n_rejected):
+    """Cut off at the end, as a text of the stream is, it would lose what is judged. Both answers keep one and the same prompt."""
+    prompt, chosen, rejected = "abcdefghij" * 4, "B" * n_chosen, "C" * n_rejected
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "preferences.jsonl"
+        common.write_jsonl(path, [{"messages": messages(prompt[:n_prompt]), "chosen": chosen + "+", "rejected": rejected + "-"}])
+        pairs = reward.load_pairs(path, TOKENIZER, 32)
+    whole = whole_text(messages(prompt[:n_prompt]))
+    n_kept = max(32 - max(n_chosen, n_rejected) - 3, 0)  # an answer has its + or - and the end token; <|assistant|> is one more
+    for tokens, mask, answer in zip(*zip(*pairs[0]), (chosen + "+<|end|>", rejected + "-<|end|>")):
+        n_before = mask.index(1)
+        assert len(tokens) == len(mask) <= 32 and mask == [0] * n_before + [1] * (len(mask) - n_before)
+        assert tokens[n_before - 1] == TOKENIZER.assistant and n_before == 1 + min(n_kept, n_prompt + 2)
+        assert whole.endswith(TOKENIZER.decode(tokens[: n_before - 1]))
+        expected = TOKENIZER.encode(answer[: -len("<|end|>")]) + [TOKENIZER.end]
+        assert tokens[n_before:] == expected[: 32 - n_before]
+        assert len(expected) > 31 or tokens[-1] == TOKENIZER.end
+
+
 def test_the_mask_of_a_rollout_covers_exactly_the_response_and_its_end_token():
     """mask[:, t] belongs to tokens[:, t+1]. A response that ran out of room has no end token, none is forged, and its score
     is the fixed one."""

@@ -144,6 +144,32 @@ def test_the_report_is_written_with_all_stages_and_with_some(flags, tmp_path, ca
         run(evaluate, dict(out=tmp_path, data=people, device="cpu", check=True))
 
 
+@pytest.mark.parametrize("share, n_val", [(0, 0), (0.1, 5), (0.101, 6), (0.001, 1), (1, 1), (7, 7)])
+def test_the_last_records_are_held_out_a_share_or_a_number_of_them(share, n_val):
+    train, val = common.hold_out(list(range(50)), share)
+    assert train + val == list(range(50)) and len(val) == n_val
+
+
+@pytest.mark.parametrize("share", [-0.1, 50])
+def test_holding_out_nothing_sensible_is_refused(share):
+    with pytest.raises(SystemExit, match=f"{share} cannot be held out of 50 records"):
+        common.hold_out(list(range(50)), share)
+
+
+@pytest.mark.parametrize("stage, flag", [("sft", "val_share"), ("reward", "val_share"), ("ppo", "val_prompts")])
+def test_nothing_is_learned_from_what_is_held_out_and_that_is_the_files_end(flags, stage, flag, tmp_path):
+    """Other records at the file's end change no weight, another record before them does."""
+    lines = flags[stage]["data"].read_text().splitlines()[:60]
+    swapped_last, swapped_first = lines[:52] + lines[:8], [lines[-1]] + lines[1:]
+    weights = []
+    for i, content in enumerate((lines, swapped_last, swapped_first)):
+        (tmp_path / f"{i}.jsonl").write_text("\n".join(content))
+        run(STAGES[stage], flags[stage] | {"data": tmp_path / f"{i}.jsonl", "out": tmp_path / f"{i}.pt", flag: 8, "steps": 7})
+        weights.append(torch.load(tmp_path / f"{i}.pt", weights_only=True)["weights"])
+    same = [all(torch.equal(w[name], weights[0][name]) for name in w) for w in weights]
+    assert same == [True, True, False]
+
+
 def test_common_batches_cover_each_row_once_an_epoch():
     batches = common.Batches(list(range(50)), 8, seed=0)
     first = sorted(i for step in range(len(batches)) for i in batches[step])
