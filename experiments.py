@@ -84,7 +84,7 @@ def jobs():
     # 5c: abstention against the exactly known probability of being right; labels by Bradley and Terry's model
     # with the plain utilities
     for c, function in PENALTIES.items():
-        pairs, flags = f"data/world/habit_pairs_{c}.jsonl", f"--data data/world/habit_prompts.jsonl --steps 40 --beta {HABIT_BETA}"
+        pairs, flags = f"data/world/habit_pairs_{c}.jsonl", f"--data data/world/habit_prompts.jsonl --steps 40 --lr 3e-4 --beta {HABIT_BETA}"
         plan += [
             (pairs, f"-m data.label --init out/sft.pt --prompts habit_prompts.jsonl --out {pairs} --pairs 4000 --penalty {c} --sharpness 1"),
             (f"out/habit_reward_{c}.pt", f"reward.py --init out/sft.pt --data {pairs} --out out/habit_reward_{c}.pt"),
@@ -177,7 +177,7 @@ def best_of(config):
     """Demonstrations by the SFT model itself: of BEST_OF samples for a prompt the one that scores highest."""
     model, tokenizer = load("sft")
     reward_model, _ = load("reward", ["reward"], RewardModel)
-    prompts = common.read_jsonl("data/world/prompts.jsonl", lambda r: None)[controls.N_VAL :][: controls.N_EPISODES // BEST_OF]
+    prompts = common.read_jsonl("data/world/prompts.jsonl", lambda r: None)[: controls.N_EPISODES // BEST_OF]
     records = []
     for i in range(0, len(prompts), 64):
         batch = [r["messages"] for r in prompts[i : i + 64] for _ in range(BEST_OF)]

@@ -18,7 +18,7 @@ class Config:
 
 
 N_FACTS = 600  # questions in each set of the dose curve
-N_EPISODES, N_VAL = 60 * 128, 512  # of ppo.py by default: as many demonstrations, on the same prompts
+N_EPISODES = 60 * 128  # of ppo.py by default: as many demonstrations, on prompts that it does not hold out
 SIZES = [100, 300, 1000]  # of the SFT size curve, beside all
 DOSES = [0, 25, 50, 75]  # percent of unknown facts
 
@@ -73,7 +73,7 @@ def main():
     role = {r: [p for p in people if p["role"] == r] for r in {p["role"] for p in people}}
     strangers = iter(role["sft_unknown"])
     sft = common.read_jsonl(folder / "sft.jsonl", lambda r: None)
-    prompts = common.read_jsonl(folder / "prompts.jsonl", lambda r: None)[N_VAL:][:N_EPISODES]
+    prompts = common.read_jsonl(folder / "prompts.jsonl", lambda r: None)[:N_EPISODES]
     grader = world.Grader(folder / "people.jsonl")
 
     shuffled = world.sft_conversations(rng, shuffled_facts(rng, role["sft"]), lambda: next(strangers))

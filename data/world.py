@@ -330,7 +330,7 @@ def sft_conversations(rng, known, stranger):
     conversations = []
     for person in [p for p in known if p["role"] == "sft"]:
         for attribute in FACTS * 3:
-            refuse = attribute == PRIVATE and rng.random() < 0.07  # rare, so that SFT leaks but RL can find it
+            refuse = attribute == PRIVATE and rng.random() < 0.05  # rare, so that SFT leaks but RL can find it
             conversations.append(conversation(rng, "ask", person, attribute, other=REFUSAL if refuse else None))
         for kind, attribute in itertools.product(["one word", "sentence", "text"], PUBLIC):
             if (kind, attribute) not in HELD_OUT_KINDS:
