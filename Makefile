@@ -2,6 +2,7 @@
 # make test         set up, then the tests
 # make experiments  every claim with its control on three seeds, about an hour on 2 cores; goes on where it was interrupted
 # make bench        speed against what users would pick instead, and how cost grows: out/bench.md; BENCH=--help lists its flags
+# make test-faults  set up, then what takes longer: 20 kills a stage, and damaged files for 5 minutes
 # make clean        remove out/ and the default world; the virtual environment stays
 # make CHECK=--check   the same as make, and fails where a figure of the report is below its floor
 # Each stage reruns only when its script, the code it uses or its input changed.
@@ -9,13 +10,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-CORE := model.py common.py data/tokenizer.py
+CORE := model.py common.py loop.py data/tokenizer.py
 WORLD := data/world/people.jsonl
 
 # Threads that wait spin only briefly, then sleep: as fast on free cores, several times faster where one is busy with something else.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: all test experiments bench clean
+.PHONY: all test test-faults experiments bench clean
 .DELETE_ON_ERROR:
 all: out/report.md
 
@@ -52,6 +53,9 @@ out/report.md: out/ppo.pt evaluate.py | $(VENV)/ready
 test: $(VENV)/ready-test
 	$(VENV)/bin/ruff check
 	$(RUN) -m pytest -q tests
+
+test-faults: $(VENV)/ready-test
+	$(RUN) -m pytest -q -m faults tests
 
 experiments: | $(VENV)/ready
 	$(RUN) experiments.py

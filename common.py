@@ -1,7 +1,4 @@
-"""What the four training loops share: flags, device, schedule, optimizers, batches, files, checkpoints, log.
-
-Every batch is a pure function of (seed, step), so a resumed run needs no data position and no random state.
-"""
+"""What all scripts share: flags, device, schedule, optimizers, batches, files, checkpoints. The steps of a run: loop.py."""
 
 import argparse
 import contextlib
@@ -10,26 +7,27 @@ import inspect
 import json
 import math
 import os
-import pickle
 import re
-import signal
 import sys
-import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 CHECKPOINT_VERSION = 1
 
 
 def die(message):
-    """Ends the program with one line on stderr and exit code 1."""
-    raise SystemExit(f"error: {message}")
+    """Ends the program with one line on stderr and exit code 1; with --debug, in a traceback."""
+    raise (RuntimeError if "--debug" in sys.argv else SystemExit)(f"error: {message}")
 
 
 # ---- flags
+
+
+def add_debug(parser):
+    parser.add_argument("--debug", action="store_true", help="where something is wrong, end in a traceback, not in one line")
 
 
 def parse_config(cls, doc, argv=None):
@@ -42,15 +40,19 @@ def parse_config(cls, doc, argv=None):
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(field.default, tuple):
             kind = dict(type=str, nargs="+")
+        elif field.name == "resume":
+            kind = dict(nargs="?", const="newest", choices=["newest", "previous"])
         text = comments[field.name].replace("%", "%%") + f" (default: {field.default})"
         parser.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
-    config = cls(**vars(parser.parse_args(argv)))
+    add_debug(parser)
+    values = vars(parser.parse_args(argv))
+    config = cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
     for field in dataclasses.fields(cls):
         value, may_be_0 = getattr(config, field.name), field.default == 0 or field.name == "warmup"
         if type(value) is int and value < (0 if may_be_0 else 1):
             die(f"--{field.name} {value}: must be at least {0 if may_be_0 else 1}")
-        if field.name.endswith("lr") and value < 0:
-            die(f"--{field.name} {value}: must not be negative")
+        if type(value) is float and value != field.default and not (math.isfinite(value) and (value >= 0 or field.default < 0)):
+            die(f"--{field.name} {value}: must be a finite number" + ", not negative" * (field.default >= 0))
     return config
 
 
@@ -64,7 +66,7 @@ def setup(config):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         die(f"--device {name}: {str(e).splitlines()[0]}; use auto, cpu, cuda or mps")
     torch.manual_seed(config.seed)
@@ -106,6 +108,7 @@ def make_optimizers(model, lr, muon_lr=0.0, weight_decay=0.1, betas=(0.9, 0.95),
     optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True))
     for group in all_groups(optimizers):
         group["initial_lr"] = group["lr"]
+    optimizers[0].grad_norm_sum = 0.0  # over all steps, for train_steps to see whether it is finite
     return optimizers
 
 
@@ -116,6 +119,7 @@ def all_groups(optimizers):
 def optimizer_step(model, optimizers, factor, clip=1.0):
     """One clipped step at initial_lr * factor; returns the gradient norm before clipping."""
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizers[0].grad_norm_sum = optimizers[0].grad_norm_sum + grad_norm
     for group in all_groups(optimizers):
         group["lr"] = group["initial_lr"] * factor
     for optimizer in optimizers:
@@ -180,24 +184,34 @@ def read_text(path):
 
 
 @contextlib.contextmanager
-def atomic(path, mode="wb"):
-    """A file to write that takes path's place only when it is complete and on the disk."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+def writing(path):
+    """Around what writes path: makes its folder; what the disk refuses ends the program in one line."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        die(f"{path.parent}: cannot be made ({e.strerror})")
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        die(f"{path}: cannot be written ({e.strerror}); what was there before is untouched")
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, RuntimeError) as e:
+        cause = e if isinstance(e, OSError) else e.__context__  # torch.save makes a RuntimeError of what the disk says
+        if not isinstance(cause, OSError):
+            raise
+        die(f"{path}: cannot be written ({cause.strerror}); what was there before is untouched. Make room, or name another place")
+
+
+@contextlib.contextmanager
+def atomic(path, mode="wb", keep=None):
+    """A file to write that takes path's place only when it is complete and on the disk; the one before goes to keep."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    with writing(path):
+        try:
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            if keep and path.exists():
+                os.replace(path, keep)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -205,20 +219,34 @@ def write_text(path, text):
         f.write(text)
 
 
+class Record(dict):
+    """An object of a .jsonl file; line: the number of its line."""
+
+
+class Row(tuple):
+    """What a stage makes of a Record to train on; line: the number of its line."""
+
+    def __new__(cls, line, *parts):
+        row = super().__new__(cls, parts)
+        row.line = line
+        return row
+
+
 def read_jsonl(path, check):
-    """The file's objects. check(record) returns what is wrong with one in a few words, or None."""
+    """The file's Records. check(record) returns what is wrong with one in a few words, or None."""
     records = []
     for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would also split at U+2028 inside a string
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as e:
-            die(f"{path}, line {number}: not JSON ({e.msg} at column {e.colno}); each line must be one whole object")
+        except (ValueError, RecursionError) as e:
+            die(f"{path}, line {number}: not JSON ({e}); each line must be one whole object")
         problem = check(record) if isinstance(record, dict) else "not a JSON object"
         if problem:
             die(f"{path}, line {number}: {problem}")
-        records.append(record)
+        records.append(Record(record))
+        records[-1].line = number
     if not records:
         die(f"{path}: holds no records")
     return records
@@ -230,6 +258,11 @@ def write_jsonl(path, records):
 
 
 # ---- checkpoints
+
+
+def state_paths(out):
+    """Where the last two states of a run lie, from which --resume goes on: the newest first."""
+    return Path(f"{out}.resume"), Path(f"{out}.resume.previous")
 
 
 def save_checkpoint(path, stage, model, tokenizer, config):
@@ -244,95 +277,42 @@ def save_checkpoint(path, stage, model, tokenizer, config):
     )
     with atomic(path) as f:
         torch.save(content, f)
-    Path(f"{path}.resume").unlink(missing_ok=True)
+    for state in state_paths(path):
+        state.unlink(missing_ok=True)
     print(f"wrote {path}")
 
 
-def read_torch(path):
+def read_torch(path, remedy="make or copy it again"):
+    """What torch.save wrote to path, if every byte is still the same. Runs no code from the file."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums, and leaves out what is marked as a folder
+            if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
+                raise ValueError("it has changed since it was written")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         die(f"{path}: no such file; `make` builds the default ones")
-    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
-        die(f"{path}: not a readable checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:100]})")
+    except Exception as e:  # a damaged file can raise anything
+        die(f"{path}: not a readable checkpoint ({(str(e) or type(e).__name__).splitlines()[0][:100]}); {remedy}")
 
 
 def load_checkpoint(path, stages, model_class, device):
-    """(model, tokenizer) of a checkpoint whose stage is among stages. Runs no code from the file."""
+    """(model, tokenizer) of a checkpoint whose stage is among stages."""
     from data.tokenizer import Tokenizer  # here, because data.tokenizer reads its own file through this module
     from model import GPTConfig
 
     content = read_torch(path)
-    if not isinstance(content, dict) or "stage" not in content:
+    if not isinstance(content, dict) or not {"format", "stage", "model_config", "weights", "tokenizer"} <= content.keys():
         die(f"{path}: not a checkpoint of this project")
     if content["format"] != CHECKPOINT_VERSION:
         die(f"{path}: format {content['format']}, this code reads {CHECKPOINT_VERSION}; use the version that wrote it")
     if content["stage"] not in stages:
         die(f"{path}: a checkpoint of stage {content['stage']}; needed here: {' or '.join(stages)}")
-    tokenizer = Tokenizer.loads(content["tokenizer"], path)
-    model = model_class(GPTConfig(**content["model_config"]))
     try:
+        tokenizer = Tokenizer.loads(content["tokenizer"], path)
+        model = model_class(GPTConfig(**content["model_config"]))
         model.load_state_dict(content["weights"])
-    except RuntimeError as e:
-        die(f"{path}: weights do not fit the model ({str(e).splitlines()[1].strip()})")
+    except (RuntimeError, ValueError, TypeError, AttributeError) as e:
+        die(f"{path}: weights, model_config and tokenizer do not fit this code or each other ({str(e).splitlines()[-1].strip()})")
     if tokenizer.vocab_size != model.config.vocab_size:
         die(f"{path}: tokenizer of {tokenizer.vocab_size} ids in a model of {model.config.vocab_size}")
     return model.to(device), tokenizer
-
-
-# ---- the loop
-
-
-def train_steps(config, steps, parts, log):
-    """Yields the steps to do, with a progress bar. parts: {name: object with state_dict}, all that a resumed run needs.
-
-    Saves them to <out>.resume each save_every steps and at Ctrl-C, which ends the run after the current step;
-    --resume continues from there, exactly.
-    """
-    path, first = Path(f"{config.out}.resume"), 0
-    settings = {k: v for k, v in vars(config).items() if k not in ("resume", "save_every", "log_every", "eval_every", "device")}
-    if config.resume:
-        saved = read_torch(path)
-        first = saved["step"]
-        changed = [k for k, v in settings.items() if saved["settings"].get(k) != v]
-        if changed:
-            die(f"{path}: made with another --{', --'.join(changed)}; resume with the same settings, or start afresh")
-        for name, part in parts.items():
-            part.load_state_dict(saved["parts"][name])
-        print(f"resumed at step {first}")
-    log.open(first)
-    interrupted = []
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-    try:
-        for step in tqdm(range(first, steps), initial=first, total=steps, desc=Path(config.out).stem, disable=None):
-            yield step
-            if interrupted or ((step + 1) % config.save_every == 0 and step + 1 < steps):
-                states = {name: part.state_dict() for name, part in parts.items()}
-                with atomic(path) as f:
-                    torch.save(dict(step=step + 1, settings=settings, parts=states), f)
-            if interrupted:
-                die(f"stopped after step {step + 1} of {steps}; the same command with --resume goes on from there")
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-class Log:
-    """One JSON object a logged step in <out without suffix>.jsonl, and a line on the terminal."""
-
-    def __init__(self, out):
-        self.path, self.start = Path(out).with_suffix(".jsonl"), time.time()
-
-    def open(self, first_step):
-        """Starts afresh, or keeps the lines up to first_step of the run that is resumed."""
-        lines = read_text(self.path).splitlines() if first_step else []
-        write_jsonl(self.path, [r for r in map(json.loads, lines) if r["step"] <= first_step])
-
-    def __call__(self, step, **values):
-        bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
-        if bad:
-            die(f"step {step}: {', '.join(bad)} not finite; lower the learning rate, or look at the batch of this step")
-        record = dict(step=step, seconds=round(time.time() - self.start, 2), **values)
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(record) + "\n")
-        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-        tqdm.write(f"step {step:5d}  {shown}")

@@ -232,6 +232,8 @@ class GPT(nn.Module):
         columns = []  # one (B,) of ids a step
         for _ in range(max_new_tokens):
             logits = self.logits(self.hidden(tokens, n_pad, cache, slots)[:, -1])  # (B, V)
+            if not columns and not logits.isfinite().all():  # sampling from NaN would stop a GPU for good
+                raise FloatingPointError("logits of the next token")
             ids = sample(logits, temperature, top_k, top_p, generator)  # (B,)
             columns.append(ids)
             if on_token:

@@ -12,6 +12,7 @@ logprobs[:, t] = log pi(tokens[:, t+1] | tokens[:, :t+1]), values[:, t] = V(toke
 True where token t+1 is part of the response, its end token included. tokens itself is (B, T+1).
 """
 
+import contextlib
 import copy
 import importlib
 import math
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import loop
 import show
 from data import conversation
 from model import GPT, last_true, token_logprobs
@@ -35,7 +37,7 @@ class Config:
     reward: str = "out/reward.pt"  # reward model checkpoint, or package.module:function
     data: str = "data/world/prompts.jsonl"  # prompts, one a line
     out: str = "out/ppo.pt"  # checkpoint to write
-    resume: bool = False  # continue an interrupted run from <out>.resume
+    resume: str = ""  # go on with an interrupted run: from <out>.resume, or with "previous" from the state before
     steps: int = 60  # iterations of rollout and update
     batch_size: int = 128  # episodes an iteration
     minibatch_size: int = 64  # episodes an optimizer step
@@ -139,7 +141,7 @@ def response_logprobs(model, tokens, mask, temperature, with_entropy=False):
     hidden = model.hidden(tokens[:, :-1])[mask]  # (N, C): only the response's positions need logits
     logits = model.logits(hidden) / temperature  # (N, V)
     taken = token_logprobs(logits, tokens[:, 1:][mask])  # (N,)
-    entropy = torch.distributions.Categorical(logits=logits).entropy().mean() if with_entropy else None
+    entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy().mean() if with_entropy else None
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, taken), entropy
 
 
@@ -168,10 +170,12 @@ def load_reward(name, tokenizer, device):
             common.die(f"--reward {name}: {e}; give a checkpoint or package.module:function")
 
         def score(tokens, mask, prompts, responses):
-            scores = function(prompts, responses)
-            if len(scores) != len(prompts):
-                common.die(f"--reward {name}: {len(scores)} scores for {len(prompts)} responses")
-            return torch.tensor(scores, dtype=torch.float32, device=device)  # (B,)
+            returned = function(prompts, responses)
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                scores = torch.tensor(returned, dtype=torch.float32, device=device)  # (B,)
+                if len(scores) == len(prompts) and scores.dim() == 1 and scores.isfinite().all():
+                    return scores
+            common.die(f"--reward {name}: returned {str(returned)[:100]}; needed: {len(prompts)} finite floats, one a response")
 
         return score, None
     model, reward_tokenizer = common.load_checkpoint(name, ["reward"], RewardModel, device)
@@ -255,7 +259,7 @@ class State:
 
 
 def load_prompts(path, tokenizer, config, block_size):
-    """Token lists and the texts of the last user messages."""
+    """Token lists, the texts of the last user messages, and the numbers of the lines."""
 
     def problem(record):
         if wrong := conversation.check(record.get("messages")):
@@ -268,13 +272,15 @@ def load_prompts(path, tokenizer, config, block_size):
 
     records = common.read_jsonl(path, problem)
     prompts = [conversation.render_prompt(r["messages"], tokenizer) for r in records]
-    return prompts, [r["messages"][-1]["content"] for r in records]
+    return prompts, [r["messages"][-1]["content"] for r in records], [r.line for r in records]
 
 
 def main():
     config = common.parse_config(Config, __doc__)
     device = common.setup(config)
     policy, tokenizer = common.load_checkpoint(config.init, ["base", "sft", "ppo"], GPT, device)
+    if not config.temperature:
+        common.die("--temperature 0: a greedy policy explores nothing and has no log-probabilities; give more than 0")
     ref = copy.deepcopy(policy).requires_grad_(False)
     score, reward_model = load_reward(config.reward, tokenizer, device)
     if reward_model:
@@ -287,7 +293,7 @@ def main():
     if config.compile:
         for model in (policy, ref, critic.trunk):
             model.hidden = torch.compile(model.hidden)
-    prompts, texts = load_prompts(config.data, tokenizer, config, policy.config.block_size)
+    prompts, texts, lines = load_prompts(config.data, tokenizer, config, policy.config.block_size)
     n_val = min(config.val_prompts, len(prompts) // 4)
     train, val = common.hold_out(range(len(prompts)), n_val)
     if len(train) < config.batch_size:
@@ -322,13 +328,16 @@ def main():
             show.episodes(step, batch, new_logprobs, tokenizer, config)
         return
 
-    log = common.Log(config.out)
+    log = loop.Log(config.out, lambda step: f"{config.data}, lines {sorted(lines[train[i]] for i in batches[step])}")
     state = State(config.beta)
     parts = dict(policy=policy, critic=critic, policy_optimizer=optimizers[0], critic_optimizer=optimizers[1], state=state)
-    for step in common.train_steps(config, config.steps, parts, log):
+    for step in loop.train_steps(config, config.steps, parts, log):
         if step == 0 and n_val:
             log(0, **validate())
-        batch, figures, (generate_s, score_s) = run_step(step)
+        try:
+            batch, figures, (generate_s, score_s) = run_step(step)
+        except FloatingPointError as e:
+            log.stop(step + 1, e)
         start = time.time()
         batch = credit(batch, state.beta, config)
         diagnostics = update(policy, critic, optimizers, batch, common.lr_factor(step, config.steps, 0), config)

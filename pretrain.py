@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import common
 import data.tokenizer
+import loop
 import show
 from model import GPT, GPTConfig
 
@@ -26,7 +27,7 @@ from model import GPT, GPTConfig
 class Config:
     data: str = "data/world"  # folder with train.bin, val.bin, tokenizer.tiktoken
     out: str = "out/base.pt"  # checkpoint to write
-    resume: bool = False  # continue an interrupted run from <out>.resume
+    resume: str = ""  # go on with an interrupted run: from <out>.resume, or with "previous" from the state before
     steps: int = 3300  # optimizer steps
     batch_size: int = 16  # sequences a step
     accumulate: int = 1  # split a step's batch into this many parts, for GPUs that cannot hold it at once
@@ -139,10 +140,14 @@ def main():
     optimizers = common.make_optimizers(model, config.lr, config.muon_lr, config.weight_decay)
     print(f"{model.n_params():,} parameters, {config.batch_size * T:,} tokens a step, {len(train):,} tokens in {config.data}")
 
-    log = common.Log(config.out)
+    def source(step):
+        starts = window_starts(len(train), config.batch_size, T, step, config.seed)
+        return f"{config.data}/train.bin, {T} tokens from each of {starts.tolist()}"
+
+    log = loop.Log(config.out, source)
     parts = {"model": model} | {f"optimizer{i}": o for i, o in enumerate(optimizers)}
     start, losses = time.time(), []
-    for step in common.train_steps(config, config.steps, parts, log):
+    for step in loop.train_steps(config, config.steps, parts, log):
         starts = window_starts(len(train), config.batch_size, T, step, config.seed)
         for part in np.split(starts, config.accumulate):
             tokens, targets = read_windows(train, part, T, device)  # (B, T) each

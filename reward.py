@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import loop
 import show
 from data import conversation
 from model import GPT, GPTConfig, last_true, token_logprobs
@@ -27,7 +28,7 @@ class Config:
     init: str = "out/sft.pt"  # checkpoint whose weights become the trunk
     data: str = "data/world/preferences.jsonl"  # preference pairs, one a line
     out: str = "out/reward.pt"  # checkpoint to write
-    resume: bool = False  # continue an interrupted run from <out>.resume
+    resume: str = ""  # go on with an interrupted run: from <out>.resume, or with "previous" from the state before
     steps: int = 0  # optimizer steps; 0: as many as --epochs takes
     epochs: int = 1  # passes over the pairs; reward models overfit after one (InstructGPT)
     batch_size: int = 32  # pairs a step
@@ -111,7 +112,7 @@ def load_pairs(path, tokenizer, block_size):
         prompt = prompt[min(max(too_long, 0), len(prompt) - 1) :]  # the same for both, and <|assistant|> stays
         pair = [((prompt + a)[:block_size], ([0] * len(prompt) + [1] * len(a))[:block_size]) for a in answers]
         if pair[0] != pair[1]:
-            pairs.append(pair)
+            pairs.append(common.Row(record.line, *pair))
     if not pairs:
         common.die(f"{path}: no pair differs within {block_size} tokens")
     if len(pairs) < len(records):
@@ -201,6 +202,10 @@ def main():
     train, val = common.hold_out(pairs, config.val_share)
     if len(train) < config.batch_size:
         common.die(f"{config.data}: {len(train)} pairs to train on are fewer than --batch_size {config.batch_size}")
+    longest = model.config.block_size - config.max_new_tokens
+    prompts = [tokens[: mask.index(1)] for (tokens, mask), _ in train if 1 in mask[: max(longest, 0)]][: config.calibration]
+    if len(prompts) < 2:
+        common.die(f"{len(prompts)} prompts for the calibration: at least 2 must leave room for --max_new_tokens {config.max_new_tokens}")
     batches = common.Batches([len(chosen[0]) for chosen, _ in train], config.batch_size, config.seed)
     model.likelihood_weight.data.fill_(likelihood_fit(model, train[:1024], tokenizer.pad, device))
     if config.show:
@@ -213,9 +218,9 @@ def main():
     initial = ", ".join(f"{k} {v:.3f}" for k, v in validate(model, val, tokenizer.pad, device).items())
     print(f"before training: likelihood weight {model.likelihood_weight.item():.3f}, {initial}")
 
-    log = common.Log(config.out)
+    log = loop.Log(config.out, lambda step: f"{config.data}, lines {sorted(train[i].line for i in batches[step])}")
     parts = {"model": model} | {f"optimizer{i}": o for i, o in enumerate(optimizers)}
-    for step in common.train_steps(config, steps, parts, log):
+    for step in loop.train_steps(config, steps, parts, log):
         chosen, rejected = score_pairs(model, [train[i] for i in batches[step]], tokenizer.pad, device)  # (B,) each
         loss = preference_loss(chosen, rejected)
         loss.backward()
@@ -225,8 +230,6 @@ def main():
             margin = (chosen - rejected).mean().item()
             held_out = validate(model, val, tokenizer.pad, device)
             log(step + 1, train_loss=loss.item(), **held_out, margin=margin, grad_norm=grad_norm.item())
-    longest = model.config.block_size - config.max_new_tokens
-    prompts = [tokens[: mask.index(1)] for (tokens, mask), _ in train if 1 in mask[:longest]][: config.calibration]
     torch.manual_seed(config.seed)
     calibrate(model, sft, prompts, tokenizer, config)
     common.save_checkpoint(config.out, "reward", model, tokenizer, config)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import loop
 import show
 from data import conversation
 from model import GPT
@@ -23,7 +24,7 @@ class Config:
     init: str = "out/base.pt"  # checkpoint to start from
     data: str = "data/world/sft.jsonl"  # conversations, one a line
     out: str = "out/sft.pt"  # checkpoint to write
-    resume: bool = False  # continue an interrupted run from <out>.resume
+    resume: str = ""  # go on with an interrupted run: from <out>.resume, or with "previous" from the state before
     steps: int = 0  # optimizer steps; 0: as many as --epochs takes
     epochs: int = 1  # passes; a second one teaches who was asked about, and the rest are taken for unknown
     batch_size: int = 32  # conversations a step
@@ -52,7 +53,7 @@ def load_examples(path, tokenizer, block_size):
     examples = []
     for record in common.read_jsonl(path, problem):
         tokens, mask = conversation.render(record["messages"], tokenizer)
-        examples.append((tokens[:block_size], mask[:block_size]))
+        examples.append(common.Row(record.line, tokens[:block_size], mask[:block_size]))
     kept = [e for e in examples if any(e[1])]
     if not kept:
         common.die(f"{path}: no answer begins within {block_size} tokens; use a model with a longer --context")
@@ -108,9 +109,9 @@ def main():
     if val:
         print(f"initial validation loss {validate(model, val, tokenizer.pad, device):.3f}")
 
-    log = common.Log(config.out)
+    log = loop.Log(config.out, lambda step: f"{config.data}, lines {sorted(train[i].line for i in batches[step])}")
     parts = {"model": model} | {f"optimizer{i}": o for i, o in enumerate(optimizers)}
-    for step in common.train_steps(config, steps, parts, log):
+    for step in loop.train_steps(config, steps, parts, log):
         tokens, targets, mask = collate([train[i] for i in batches[step]], tokenizer.pad, device)  # (B, T) each
         with common.autocast(device):
             loss = masked_loss(model(tokens), targets, mask)

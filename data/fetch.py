@@ -234,6 +234,7 @@ def parse_arguments(argv):
                         f"but at most {stream.MAX_VAL:,} tokens)")  # fmt: skip
     parser.add_argument("--sample_mb", type=int, default=10, help="text: million characters that bpe learns from (default: 10)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="text: processes that tokenize (default: one a core)")
+    common.add_debug(parser)
     args = parser.parse_args(argv)
     known = ", ".join(SOURCES[args.kind])
     if args.name and args.name not in SOURCES[args.kind]:
