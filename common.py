@@ -108,7 +108,6 @@ def make_optimizers(model, lr, muon_lr=0.0, weight_decay=0.1, betas=(0.9, 0.95),
     optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True))
     for group in all_groups(optimizers):
         group["initial_lr"] = group["lr"]
-    optimizers[0].grad_norm_sum = 0.0  # over all steps, for train_steps to see whether it is finite
     return optimizers
 
 
@@ -119,7 +118,7 @@ def all_groups(optimizers):
 def optimizer_step(model, optimizers, factor, clip=1.0):
     """One clipped step at initial_lr * factor; returns the gradient norm before clipping."""
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizers[0].grad_norm_sum = optimizers[0].grad_norm_sum + grad_norm
+    optimizers[0].grad_norm_sum = getattr(optimizers[0], "grad_norm_sum", 0.0) + grad_norm  # train_steps sees whether it is finite
     for group in all_groups(optimizers):
         group["lr"] = group["initial_lr"] * factor
     for optimizer in optimizers:

@@ -65,7 +65,6 @@ def train_steps(config, steps, parts, log):
         newest.unlink(missing_ok=True)  # else the next state would push the good one out
     if newest.exists() and not config.resume:
         print(f"{newest}: an interrupted run left it, and --resume would go on from it; this run starts afresh and will replace it")
-    optimizers = [part for part in parts.values() if hasattr(part, "grad_norm_sum")]
     unseen, interrupted = [], []
     before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     try:
@@ -73,7 +72,7 @@ def train_steps(config, steps, parts, log):
             yield step
             save = interrupted or ((step + 1) % config.save_every == 0 and step + 1 < steps)
             idle = not torch.cuda.is_initialized() or torch.cuda.current_stream().query()  # else a look would make it so
-            unseen.append(sum(optimizer.grad_norm_sum for optimizer in optimizers))  # on the device
+            unseen.append(sum(part.grad_norm_sum for part in parts.values() if hasattr(part, "grad_norm_sum")))  # on the device
             if idle or save or step + 1 == steps or len(unseen) == 10:
                 finite = torch.stack(unseen).isfinite().tolist()
                 if not all(finite):
