@@ -347,7 +347,8 @@ def main():
 
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
             returns, values = batch["returns"][batch["mask"]], batch["values"][batch["mask"]]  # (N,) each
-            explained_variance = (1 - (returns - values).var() / returns.var()).item()
+            variance = returns.var(correction=0).clamp(min=1e-8)  # returns may all be the same
+            explained_variance = (1 - (returns - values).var(correction=0) / variance).item()
             speed = config.batch_size / (generate_s + score_s + update_s)
             seconds = dict(generate_s=generate_s, score_s=score_s, update_s=update_s, episodes_per_s=speed)
             log(step + 1, **figures, **diagnostics, explained_variance=explained_variance, beta=state.beta, **seconds)
