@@ -300,7 +300,8 @@ def load_checkpoint(path, stages, model_class, device):
     from model import GPTConfig
 
     content = read_torch(path)
-    if not isinstance(content, dict) or not {"format", "stage", "model_config", "weights", "tokenizer"} <= content.keys():
+    parts = {"format", "stage", "model_config", "weights", "tokenizer"}
+    if not isinstance(content, dict) or not parts <= content.keys() or not isinstance(content["format"], int):
         die(f"{path}: not a checkpoint of this project")
     if content["format"] != CHECKPOINT_VERSION:
         die(f"{path}: format {content['format']}, this code reads {CHECKPOINT_VERSION}; use the version that wrote it")

@@ -194,6 +194,7 @@ CASES = [  # script, {flag: value, or a file's content}, what the line must say
     (sft, dict(init=bad(hostile_zip)), UNREADABLE),
     (sft, dict(init="stream"), "stream: not a readable checkpoint .*Is a directory"),
     (sft, dict(init=bad_checkpoint(format=99)), "format 99, this code reads 1; use the version that wrote it"),
+    (sft, dict(init=bad_checkpoint(format=torch.zeros(4))), "not a checkpoint of this project"),
     (sft, dict(init=bad_checkpoint(stage="cooking")), "stage cooking"),
     (sft, dict(init=bad_checkpoint(weights={})), "do not fit this code or each other"),
     (sft, dict(init=bad_checkpoint(weights=None)), "not a checkpoint of this project"),
