@@ -77,19 +77,21 @@ def jobs():
     plan.append((f"{files}/best_of.jsonl", "experiments.py --job best_of", "out/reward.pt"))
     sft("best_of", init="sft")
     # 5a: a share of SFT's facts is about people in no text
+    until_fitted = "--val_share 0 --batch_size 32 --lr 5e-4"
     for dose in controls.DOSES:
         for kind in ["", "_removed", "_idk"] if dose else [""]:
-            sft(f"dose_{dose}{kind}", f"--val_share 0 --eval_every 75 --steps {DOSE_STEPS}")
-        sft(f"dose_{dose}_early", f"--val_share 0 --steps {DOSE_STEPS // 10}")
+            sft(f"dose_{dose}{kind}", f"{until_fitted} --eval_every 75 --steps {DOSE_STEPS}")
+        sft(f"dose_{dose}_early", f"{until_fitted} --steps {DOSE_STEPS // 10}")
     # 5c: abstention against the exactly known probability of being right; labels by Bradley and Terry's model
-    # with the plain utilities
+    # with the plain utilities. The reference abstains in 3 of 10 cases, at random: PPO can only weigh what gets sampled
+    sft("habit_ref", "--val_share 0 --epochs 2", init="sft")
     for c, function in PENALTIES.items():
         pairs, flags = f"data/world/habit_pairs_{c}.jsonl", f"--data data/world/habit_prompts.jsonl --steps 40 --lr 3e-4 --beta {HABIT_BETA}"
         plan += [
-            (pairs, f"-m data.label --init out/sft.pt --prompts habit_prompts.jsonl --out {pairs} --pairs 4000 --penalty {c} --sharpness 1"),
-            (f"out/habit_reward_{c}.pt", f"reward.py --init out/sft.pt --data {pairs} --out out/habit_reward_{c}.pt"),
-            (f"out/habit_learned_{c}.pt", f"ppo.py --init out/sft.pt --reward out/habit_reward_{c}.pt --out out/habit_learned_{c}.pt {flags}"),
-            (f"out/habit_true_{c}.pt", f"ppo.py --init out/sft.pt --reward data.world:{function} --out out/habit_true_{c}.pt {flags}"),
+            (pairs, f"-m data.label --init out/habit_ref.pt --prompts habit_prompts.jsonl --out {pairs} --pairs 4000 --penalty {c} --sharpness 1"),
+            (f"out/habit_reward_{c}.pt", f"reward.py --init out/habit_ref.pt --data {pairs} --out out/habit_reward_{c}.pt"),
+            (f"out/habit_learned_{c}.pt", f"ppo.py --init out/habit_ref.pt --reward out/habit_reward_{c}.pt --out out/habit_learned_{c}.pt {flags}"),
+            (f"out/habit_true_{c}.pt", f"ppo.py --init out/habit_ref.pt --reward data.world:{function} --out out/habit_true_{c}.pt {flags}"),
         ]
     plan.append(("out/figures.json", "experiments.py --job measure", *[job[0] for job in plan if job[0].endswith(".pt")]))
     return plan
@@ -267,6 +269,13 @@ def measure(config):
         model, tokenizer = load(name)
         if name.startswith("habit"):
             result[name] = {"answers": measure_habits(model, tokenizer, role["unknown_test"], rng)}
+            if name == "habit_ref":
+                strangers = role["unknown_test"][:50]
+                for c in PENALTIES:
+                    reward_model, _ = load(f"habit_reward_{c}", ["reward"], RewardModel)
+                    learned = lambda habit, prompts, values, responses: scores(reward_model, prompts, responses)  # noqa: B023, E731
+                    result[f"habit_true_{c}_predicted"] = predicted_habits(model, tokenizer, strangers, rng, expected_utility(c))
+                    result[f"habit_learned_{c}_predicted"] = predicted_habits(model, tokenizer, strangers, rng, learned)
             continue
         result[name] = measure_model(model, tokenizer, role, config.seed)
         if name == "base":
@@ -278,13 +287,6 @@ def measure(config):
             result[name]["kinds"] = evaluate.measure_kinds(model, tokenizer, role["test"], rng)
         if name == "sft":
             result[name]["wordings"] = evaluate.measure_wordings(model, tokenizer, role["test"])
-            result[name]["answers"] = measure_habits(model, tokenizer, role["unknown_test"], rng)
-            for c in PENALTIES:
-                reward_model, _ = load(f"habit_reward_{c}", ["reward"], RewardModel)
-                learned = lambda habit, prompts, values, responses: scores(reward_model, prompts, responses)  # noqa: B023, E731
-                strangers = role["unknown_test"][:50]
-                result[f"habit_true_{c}_predicted"] = predicted_habits(model, tokenizer, strangers, rng, expected_utility(c))
-                result[f"habit_learned_{c}_predicted"] = predicted_habits(model, tokenizer, strangers, rng, learned)
     common.write_text("out/figures.json", json.dumps(result, indent=1))
 
 
@@ -350,7 +352,8 @@ def verdicts(seeds):
     claim("2", "SFT: best minus worst trained wording", lambda f: spread(f["sft"]["wordings"]["trained"]), "≤", 0.05)
     claim("2", "SFT: best minus worst new wording", lambda f: spread(f["sft"]["wordings"]["new"]), "≤", 0.10)
     claim("3", "SFT: known people never asked about, right", lambda f: dig(f, "sft", "known", "right"), "≥", 0.95)
-    claim("3", "SFT: instruction × attribute never trained, right in the form asked for", new_combinations, "≥", 0.80)
+    for kind, attribute in sorted(world.HELD_OUT_KINDS):
+        claim("3", f"SFT: {kind} × {attribute}, never trained: right in this form", lambda f: f["sft"]["kinds"][f"{kind} × {attribute}"][0], "≥", 0.80)  # noqa: B023
     lowest = min(OTHER_WAYS, key=lambda name: over_seeds(seeds, lambda f: dig(f, name, "unknown", "wrong"))[0])
     gap, error = over_seeds(seeds, lambda f: dig(f, lowest, "unknown", "wrong") - dig(f, "ppo", "unknown", "wrong"))
     what = f"made-up answers, full PPO below the best other way ({OTHER_WAYS[lowest]})"
@@ -523,7 +526,7 @@ def report(config):
             name = f"habit_{kind}_{c}"
             rows.append([f"{kind} reward, penalty {c}"] + [f"{pm(name, 'answers', h)} ({pm(name + '_predicted', h)})" for h in world.HABITS]
                         + [f"{over_seeds(seeds, lambda f: crossing(f[name]['answers']))[0]:.2f} ({over_seeds(seeds, lambda f: crossing(f[name + '_predicted']))[0]:.2f})"])  # noqa: B023  # fmt: skip
-    rows.append(["before PPO"] + [pm("sft", "answers", h) for h in world.HABITS] + [""])
+    rows.append(["before PPO"] + [pm("habit_ref", "answers", h) for h in world.HABITS] + [""])
     text.append("Share answered at temperature 1, in brackets the optimum π_ref · exp(r/β) predicts.\n")
     text.append(evaluate.table(["best guess right in"] + [f"{100 * p:.0f}%" for p in world.HABITS.values()] + ["crossing"], rows))
     draw(seeds, Path(config.out).parent / "experiments.png")

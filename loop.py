@@ -108,6 +108,8 @@ class Log:
                 common.die(f"{self.path}: another run is writing it; wait for its end, or name another --out")
             self.file.seek(0)
             for line in self.file:
+                if not size and not line.startswith(b'{"step": '):  # --data mine.jsonl --out mine.pt must not cost the data
+                    common.die(f"{self.path}: the log would go there, but it is no log of a run; name another --out")
                 record = re.match(rb'{"step": (\d+), .*}\n', line)
                 if not saved or not record or int(record[1]) > saved:
                     break

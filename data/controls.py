@@ -66,6 +66,16 @@ def demonstrations(prompts, grader, abstain):
     return result
 
 
+def habit_answers(rng, prompts, grader, abstain=0.3):
+    """The true habit, or at random, whoever it is, "I do not know.": for a reference that does both."""
+    result = []
+    for record in prompts:
+        person, attribute = grader.fact(record["messages"][-1]["content"])
+        answer = world.IDK if rng.random() < abstain else world.say(rng.choice(world.ANSWERS), person, attribute)
+        result.append({"messages": record["messages"] + [{"role": "assistant", "content": answer}]})
+    return result
+
+
 def main():
     config = common.parse_config(Config, __doc__)
     folder, rng = Path(config.data), random.Random(config.seed)
@@ -81,6 +91,8 @@ def main():
     sets |= {f"sft_{n}": sft[:n] for n in SIZES}
     sets |= dose_sets(rng, role["sft"], role["unknown_dev"], N_FACTS)
     sets |= {"demos": demonstrations(prompts, grader, False), "demos_idk": demonstrations(prompts, grader, True)}
+    habit_prompts = common.read_jsonl(folder / "habit_prompts.jsonl", lambda r: None)
+    sets["habit_ref"] = habit_answers(rng, habit_prompts[-512:], grader)  # the ones that ppo.py holds out
     for name, records in sets.items():
         common.write_jsonl(folder / "controls" / f"{name}.jsonl", records)
     common.write_text(folder / "controls" / "done", "\n".join(sets) + "\n")
