@@ -245,19 +245,6 @@ def update(policy, critic, optimizers, batch, lr_factor, config):
     return dict(zip(names, (torch.stack(diagnostics).sum(0) / n_steps).tolist()))
 
 
-class State:
-    """The numbers that change during the run beside the networks, in the form that train_steps saves."""
-
-    def __init__(self, beta):
-        self.beta = beta
-
-    def state_dict(self):
-        return {"beta": self.beta}
-
-    def load_state_dict(self, saved):
-        self.beta = saved["beta"]
-
-
 def load_prompts(path, tokenizer, config, block_size):
     """Token lists, the texts of the last user messages, and the numbers of the lines."""
 
@@ -300,9 +287,7 @@ def main():
         common.die(f"{config.data}: {len(train)} prompts to train on are fewer than --batch_size {config.batch_size}")
     batches = common.Batches([0] * len(train), config.batch_size, config.seed)
     # Adam's usual second beta here: rewards are noisier than next-token losses
-    policy_optimizers = common.make_optimizers(policy, config.lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-5)
-    critic_optimizers = common.make_optimizers(critic, config.lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-5)
-    optimizers = policy_optimizers + critic_optimizers
+    optimizers = [common.make_optimizers(m, config.lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-5)[0] for m in (policy, critic)]
     print(f"{policy.n_params():,} parameters in the policy, {len(train):,} + {n_val} prompts, {config.batch_size} episodes a step")
 
     def run(rows):
@@ -329,7 +314,8 @@ def main():
         return
 
     log = loop.Log(config.out, lambda step: f"{config.data}, lines {sorted(lines[train[i]] for i in batches[step])}")
-    state = State(config.beta)
+    state = torch.nn.Module()  # what changes during the run beside the networks, in a form that can be saved
+    state.register_buffer("beta", torch.tensor(config.beta, dtype=torch.float64))
     parts = dict(policy=policy, critic=critic, policy_optimizer=optimizers[0], critic_optimizer=optimizers[1], state=state)
     for step in loop.train_steps(config, config.steps, parts, log):
         if step == 0 and n_val:
@@ -351,7 +337,7 @@ def main():
             explained_variance = (1 - (returns - values).var(correction=0) / variance).item()
             speed = config.batch_size / (generate_s + score_s + update_s)
             seconds = dict(generate_s=generate_s, score_s=score_s, update_s=update_s, episodes_per_s=speed)
-            log(step + 1, **figures, **diagnostics, explained_variance=explained_variance, beta=state.beta, **seconds)
+            log(step + 1, **figures, **diagnostics, explained_variance=explained_variance, beta=state.beta.item(), **seconds)
     if n_val:
         log(config.steps, **validate())
     common.save_checkpoint(config.out, "ppo", policy, tokenizer, config)
