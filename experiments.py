@@ -40,7 +40,7 @@ class Config:
     seeds: int = 3  # how many
     workers: int = 2  # jobs at a time, each on one thread
     report: bool = False  # run nothing, write the tables
-    job: str = ""  # what a worker does in its seed's folder: best_of or measure
+    job: str = ""  # what a worker does in its seed's folder: best_of, positive or measure
     device: str = "auto"  # auto, cpu, cuda or mps
     seed: int = 0  # a worker's
 
@@ -69,9 +69,9 @@ def jobs():
     for name in ["sft_shuffled"] + [f"sft_{n}" for n in controls.SIZES]:
         sft(name)
     # 4 and 5b: the same number of samples spent in other ways, from one SFT checkpoint
-    for name, reward in ("ppo_positive", "out/reward.pt --min_score 0"), ("ppo_true", "data.world:true_reward"), \
-                        ("ppo_true_positive", "data.world:true_reward --min_score 0"):  # fmt: skip
-        plan.append((f"out/{name}.pt", f"ppo.py --init out/sft.pt --out out/{name}.pt --reward {reward}"))
+    for name, flags in ("ppo_true", ""), ("ppo_true_positive", "--min_score 0"):
+        plan.append((f"out/{name}.pt", f"ppo.py --init out/sft.pt --out out/{name}.pt --reward data.world:true_reward {flags}"))
+    plan.append(("out/ppo_positive.pt", "experiments.py --job positive", "out/reward.pt"))
     sft("demos", init="sft")
     sft("demos_idk", init="sft")
     plan.append((f"{files}/best_of.jsonl", "experiments.py --job best_of", "out/reward.pt"))
@@ -191,6 +191,17 @@ def best_of(config):
             answer = conversation.decode_response(responses[j * BEST_OF + k], tokenizer)
             records.append({"messages": batch[j * BEST_OF] + [{"role": "assistant", "content": answer}]})
     common.write_jsonl("data/world/controls/best_of.jsonl", records)
+
+
+def positive(config):
+    """PPO without negative feedback: no score is lower than what "I do not know." gets on average, the learned scores' zero."""
+    reward_model, tokenizer = load("reward", ["reward"], RewardModel)
+    prompts = common.read_jsonl("data/world/prompts.jsonl", lambda r: None)[:512]
+    tokens = [conversation.render_prompt(r["messages"], tokenizer) for r in prompts]
+    zero = scores(reward_model, tokens, [tokenizer.encode(world.IDK) + [tokenizer.end]] * len(tokens)).mean().item()
+    command = f"ppo.py --init out/sft.pt --reward out/reward.pt --out out/ppo_positive.pt --min_score={zero:.3f} --seed {config.seed}"
+    print(command, flush=True)
+    subprocess.run([sys.executable, str(ROOT / command.split()[0])] + command.split()[1:], check=True)
 
 
 def measure_model(model, tokenizer, role, seed):
@@ -334,7 +345,7 @@ def monotone(answers, slack=0.05):
     return all(b >= a - slack for a, b in zip(shares, shares[1:]))
 
 
-OTHER_WAYS = {"demos": "SFT on demonstrations", "best_of": f"best of {BEST_OF}, fine-tuned", "ppo_positive": "PPO, negative scores raised to 0"}
+OTHER_WAYS = {"demos": "SFT on demonstrations", "best_of": f"best of {BEST_OF}, fine-tuned", "ppo_positive": "PPO, no negative scores"}
 
 
 def verdicts(seeds):
@@ -358,6 +369,8 @@ def verdicts(seeds):
     gap, error = over_seeds(seeds, lambda f: dig(f, lowest, "unknown", "wrong") - dig(f, "ppo", "unknown", "wrong"))
     what = f"made-up answers, full PPO below the best other way ({OTHER_WAYS[lowest]})"
     rows.append(("4", what, shown((gap, error)), "> 2 standard errors", gap > 2 * error))
+    gap, error = over_seeds(seeds, lambda f: dig(f, "ppo_true_positive", "unknown", "wrong") - dig(f, "ppo_true", "unknown", "wrong"))
+    rows.append(("4", "the same with the true reward, below PPO without negative scores", shown((gap, error)), "> 2 standard errors", gap > 2 * error))
     damage = lambda f: dig(f, "dose_50_removed", "known", "right") - dig(f, "dose_50", "known", "right")  # noqa: E731
     claim("5a", "half of SFT's facts unknown: known people answered right, below the control", damage, "≥", 0.15)
     claim("5b", "people in no text: made up after SFT", lambda f: dig(f, "sft", "unknown", "wrong"), "≥", 0.80)
@@ -434,7 +447,7 @@ def draw(seeds, path):
     line(ax, [4000], [value("sft_shuffled", "known", "right")], "answers shuffled", COLORS[2], "s")
     ax.set(title="3. What SFT draws out", xlabel="SFT conversations", ylabel="right, %", xscale="log", ylim=(-3, 103))
     ax = axes[1, 0]
-    names = {"sft": "SFT", "demos": "demon-\nstrations", "best_of": "best\nof 4", "ppo_positive": "PPO,\nclipped", "ppo": "PPO", "ppo_true": "PPO,\ntrue"}
+    names = {"sft": "SFT", "demos": "demon-\nstrations", "best_of": "best\nof 4", "ppo_positive": "PPO, no\nnegative", "ppo": "PPO", "ppo_true": "PPO,\ntrue"}
     bars(ax, list(names.values()), {"in no text: made up": [value(n, "unknown", "wrong") for n in names], "known: right": [value(n, "known", "right") for n in names]})
     ax.set(title="4. Kinds of feedback, equal samples", ylabel="%", ylim=(0, 125))
     ax = axes[1, 1]
@@ -503,7 +516,7 @@ def report(config):
     text.append(evaluate.table(["conversations", "known, never asked about: right", "in no text: made up", "new combinations"], rows))
     text.append("## 4 and 5b. The same number of samples, spent in different ways\n")
     names = {"base": "base, chat format", "sft": "SFT", **OTHER_WAYS, "ppo": "PPO, learned reward model", "ppo_true": "PPO, true reward",
-             "ppo_true_positive": "PPO, true reward, negative scores raised to 0", "demos_idk": "SFT on the same prompts, IDK where PPO is to learn it"}  # fmt: skip
+             "ppo_true_positive": "PPO, true reward, no negative scores", "demos_idk": "SFT on the same prompts, IDK where PPO is to learn it"}  # fmt: skip
     text.append(answers_table(seeds, names))
     tiers = [f"rare_{i}" for i in range(4)]
     bounds = [[f["sft"][t]["exposures"] for f in seeds] for t in tiers]
@@ -539,7 +552,7 @@ def main():
     config = common.parse_config(Config, __doc__)
     if config.job:
         common.setup(config)
-        {"best_of": best_of, "measure": measure}[config.job](config)
+        {"best_of": best_of, "positive": positive, "measure": measure}[config.job](config)
         return
     if not config.report:
         run_jobs(config)
