@@ -22,7 +22,7 @@ class Config:
     data: str = "data/world"  # folder with prompts.jsonl and people.jsonl
     out: str = "data/world/preferences.jsonl"  # pairs to write
     prompts: str = "prompts.jsonl"  # file in the folder with the questions
-    pairs: int = 14000  # comparisons
+    pairs: int = 14000  # prompts whose answers are compared
     penalty: float = 1.0  # what a wrong answer costs; a right one is worth 1, "I do not know." 0
     sharpness: float = 4.0  # of the labeller: at 4, right is preferred to "I do not know." with 98%
     max_new_tokens: int = 16  # longest answer
@@ -35,9 +35,9 @@ def candidates(rng, person, attribute, sampled):
     phrase = rng.choice(world.ANSWERS)
     wrong = phrase.format(v=rng.choice([v for v in world.ATTRIBUTES[attribute][0] if v != person[attribute]]))
     astray = world.say(phrase, person, rng.choice([a for a in world.ATTRIBUTES if a != attribute]))  # of another attribute
-    written = [world.IDK, world.IDK, world.REFUSAL, astray]
-    if attribute not in world.HABITS:  # a wrong guess at a habit may be the best one: only the model's own are compared
-        written += [wrong]
+    if attribute in world.HABITS:  # a guess meets "I do not know." whether it is right or not: else its odds would be bent
+        return [world.IDK, rng.choice([sampled] * 4 + [world.REFUSAL, astray])]
+    written = [world.IDK, world.IDK, world.REFUSAL, astray, wrong]
     if person["role"] == "rl":  # about an unknown person the labeller cannot write the true answer either
         written += [world.say(phrase, person, attribute)] * 3
     return [sampled] * 3 + written
@@ -68,6 +68,8 @@ def main():
             utility = {a: world.utility(attribute, world.grade(person, attribute, a), config.penalty) for a in answers}
             first = rng.choice(answers)
             others = [a for a in answers if utility[a] != utility[first]]
+            if not others:
+                continue
             second = rng.choice(others)
             if not prefers(rng, utility[first], utility[second], config.sharpness):
                 first, second = second, first

@@ -147,3 +147,13 @@ def test_the_labeller_writes_no_true_answer_about_unknown_people(made):
         for attribute in world.PUBLIC:
             grades = {world.grade(person, attribute, a) for a in label.candidates(rng, person, attribute, "sampled")}
             assert "right" not in grades and {"idk", "wrong", "other", "refusal"} <= grades
+
+
+def test_a_guess_at_a_habit_is_compared_with_idk_alone_whether_it_is_right_or_wrong():
+    """So that its odds against "I do not know." are the labeller's mean over people, bent by no choice of pairs."""
+    rng = random.Random(0)
+    person = {"name": "A B", "role": "habit_unknown"} | {a: spec[0][0] for a, spec in world.ATTRIBUTES.items()}
+    for sampled in ("soup.", "stew."):
+        for _ in range(100):
+            answers = label.candidates(rng, person, "dish", sampled)
+            assert world.IDK in answers and len(answers) == 2
