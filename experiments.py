@@ -365,12 +365,10 @@ def verdicts(seeds):
     claim("3", "SFT: known people never asked about, right", lambda f: dig(f, "sft", "known", "right"), "≥", 0.95)
     for kind, attribute in sorted(world.HELD_OUT_KINDS):
         claim("3", f"SFT: {kind} × {attribute}, never trained: right in this form", lambda f: f["sft"]["kinds"][f"{kind} × {attribute}"][0], "≥", 0.80)  # noqa: B023
-    lowest = min(OTHER_WAYS, key=lambda name: over_seeds(seeds, lambda f: dig(f, name, "unknown", "wrong"))[0])
-    gap, error = over_seeds(seeds, lambda f: dig(f, lowest, "unknown", "wrong") - dig(f, "ppo", "unknown", "wrong"))
-    what = f"made-up answers, full PPO below the best other way ({OTHER_WAYS[lowest]})"
-    rows.append(("4", what, shown((gap, error)), "> 2 standard errors", gap > 2 * error))
-    gap, error = over_seeds(seeds, lambda f: dig(f, "ppo_true_positive", "unknown", "wrong") - dig(f, "ppo_true", "unknown", "wrong"))
-    rows.append(("4", "the same with the true reward, below PPO without negative scores", shown((gap, error)), "> 2 standard errors", gap > 2 * error))
+    ways = [("ppo", other, f"made up, PPO below {title}") for other, title in OTHER_WAYS.items()]
+    for name, other, what in ways + [("ppo_true", "ppo_true_positive", "made up, PPO with the true reward below the same without negative scores")]:
+        gap, error = over_seeds(seeds, lambda f: dig(f, other, "unknown", "wrong") - dig(f, name, "unknown", "wrong"))  # noqa: B023
+        rows.append(("4", what, shown((gap, error)), "> 2 standard errors", gap > 2 * error))
     damage = lambda f: dig(f, "dose_50_removed", "known", "right") - dig(f, "dose_50", "known", "right")  # noqa: E731
     claim("5a", "half of SFT's facts unknown: known people answered right, below the control", damage, "≥", 0.15)
     claim("5b", "people in no text: made up after SFT", lambda f: dig(f, "sft", "unknown", "wrong"), "≥", 0.80)
