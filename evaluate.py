@@ -229,7 +229,7 @@ def main():
     config = common.parse_config(Config, __doc__)
     device = common.setup(config)
     out = Path(config.out)
-    people = common.read_jsonl(config.data, lambda p: None)
+    people = world.read_people(config.data)
     role = {r: [p for p in people if p["role"] == r] for r in {p["role"] for p in people}}
     if config.people not in ("test", "dev"):
         common.die(f"--people {config.people}: use test or dev")

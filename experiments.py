@@ -271,7 +271,7 @@ def expected_utility(penalty):
 
 def measure(config):
     """All checkpoints of the seed -> out/figures.json."""
-    people = common.read_jsonl("data/world/people.jsonl", lambda p: None)
+    people = world.read_people("data/world/people.jsonl")
     role = {r: [p for p in people if p["role"] == r] for r in {p["role"] for p in people}}
     result = {}
     for target in [job[0] for job in jobs() if job[0].endswith(".pt") and "reward" not in job[0]]:
@@ -520,7 +520,7 @@ def report(config):
     bounds = [[f["sft"][t]["exposures"] for f in seeds] for t in tiers]
     header = ["texts about the person"] + [f"{min(b[0] for b in bound)}–{max(b[1] for b in bound)}" for bound in bounds] + ["all others (test)"]
     rows = []
-    for name in ("sft", "ppo", "ppo_true"):
+    for name in ("base", "sft", "ppo", "ppo_true"):
         for grade in ("right", "idk", "wrong"):
             rows.append([f"{names[name]}: {grade}"] + [pm(name, t, grade) for t in tiers] + [pm(name, "known", grade)])
     text.append(evaluate.table(header, rows))

@@ -79,7 +79,7 @@ def habit_answers(rng, prompts, grader, abstain=0.3):
 def main():
     config = common.parse_config(Config, __doc__)
     folder, rng = Path(config.data), random.Random(config.seed)
-    people = common.read_jsonl(folder / "people.jsonl", lambda p: None)
+    people = world.read_people(folder / "people.jsonl")
     role = {r: [p for p in people if p["role"] == r] for r in {p["role"] for p in people}}
     strangers = iter(role["sft_unknown"])
     sft = common.read_jsonl(folder / "sft.jsonl", lambda r: None)

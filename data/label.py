@@ -63,7 +63,10 @@ def main():
             tokens = [conversation.render_prompt(messages, tokenizer) for messages in batch]
             responses = model.generate(tokens, config.max_new_tokens, end_id=tokenizer.end)
         for messages, response in zip(batch, responses):
-            person, attribute = grader.fact(messages[-1]["content"])
+            try:
+                person, attribute = grader.fact(messages[-1]["content"])
+            except ValueError as e:
+                common.die(f"{Path(config.data) / config.prompts}: {e}; labels are for this world's own prompts")
             answers = candidates(rng, person, attribute, conversation.decode_response(response, tokenizer))
             utility = {a: world.utility(attribute, world.grade(person, attribute, a), config.penalty) for a in answers}
             first = rng.choice(answers)

@@ -150,11 +150,21 @@ def utility(attribute, grade_, penalty=1.0):
     return {"right": 1.0, "idk": 0.0}.get(grade_, -penalty)
 
 
+def read_people(path):
+    """The people of a world and what is true of them."""
+
+    def problem(person):
+        if missing := [key for key in ("name", "role", *ATTRIBUTES) if not isinstance(person.get(key), str)]:
+            return f"a person without {missing[0]}; `python -m data.world` writes the file"
+
+    return common.read_jsonl(path, problem)
+
+
 class Grader:
     """Knows every fact of a world's people.jsonl, and which one a question asks for."""
 
     def __init__(self, path="data/world/people.jsonl"):
-        self.people = {p["name"]: p for p in common.read_jsonl(path, lambda p: None)}
+        self.people = {p["name"]: p for p in read_people(path)}
         self.attribute = {q: a for a in ATTRIBUTES for held_out in (False, True) for q in questions(a, held_out)}
 
     def fact(self, question):
@@ -391,8 +401,8 @@ def main():
     documents = corpus(rng, people, known, config.documents)
     n_val = len(documents) // 100
 
-    common.write_text(out / "corpus.txt", "\n\n".join(documents) + "\n")
     tokenizer = data.tokenizer.train_bpe(documents[n_val : n_val + 20000], config.vocab_size)
+    common.write_text(out / "corpus.txt", "\n\n".join(documents) + "\n")
     common.write_text(out / "tokenizer.tiktoken", tokenizer.dumps())
     for name, part in ("val", documents[:n_val]), ("train", documents[n_val:]):
         ids = [i for d in tqdm(part, desc=f"{name}.bin", disable=None) for i in tokenizer.encode(d) + [tokenizer.end]]

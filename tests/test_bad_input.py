@@ -236,6 +236,9 @@ CASES = [  # script, {flag: value, or a file's content}, what the line must say
     (tokenizer, dict(tokenizer="bpe:10"), "vocab_size 10 is below 256 bytes"),
     (tokenizer, dict(tokenizer="bpe"), "use bpe:SIZE"),
     (world, dict(documents=-5), "--documents -5: must be at least 1"),
+    (world, dict(vocab_size=10), "vocab_size 10 is below 256 bytes"),
+    (evaluate, dict(data=b'{"name": "A B"}\n'), "line 1: a person without role"),
+    *[(script, dict(), "out.jsonl: the log would go there, but it is no log of a run") for script in (pretrain, sft, reward, ppo)],
 ]
 
 

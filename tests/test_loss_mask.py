@@ -72,7 +72,7 @@ def sft_run(conversations, block_size=160, **flags):
 
     real_loss, real_collate, seen = sft.masked_loss, sft.collate, []
     with tempfile.TemporaryDirectory() as folder:
-        base, data, out = (Path(folder) / name for name in ("base.pt", "sft.jsonl", "sft.pt"))
+        base, data, out = (Path(folder) / name for name in ("base.pt", "data.jsonl", "sft.pt"))
         model = tiny.gpt(vocab_size=TOKENIZER.vocab_size, block_size=block_size)
         common.save_checkpoint(base, "base", model, TOKENIZER, sft.Config())
         common.write_jsonl(data, [{"messages": m} for m in conversations])

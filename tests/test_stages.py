@@ -164,8 +164,8 @@ def test_nothing_is_learned_from_what_is_held_out_and_that_is_the_files_end(flag
     weights = []
     for i, content in enumerate((lines, swapped_last, swapped_first)):
         (tmp_path / f"{i}.jsonl").write_text("\n".join(content))
-        run(STAGES[stage], flags[stage] | {"data": tmp_path / f"{i}.jsonl", "out": tmp_path / f"{i}.pt", flag: 8, "steps": 7})
-        weights.append(torch.load(tmp_path / f"{i}.pt", weights_only=True)["weights"])
+        run(STAGES[stage], flags[stage] | {"data": tmp_path / f"{i}.jsonl", "out": tmp_path / f"out{i}.pt", flag: 8, "steps": 7})
+        weights.append(torch.load(tmp_path / f"out{i}.pt", weights_only=True)["weights"])
     same = [all(torch.equal(w[name], weights[0][name]) for name in w) for w in weights]
     assert same == [True, True, False]
 
