@@ -10,7 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-CORE := model.py common.py loop.py data/tokenizer.py
+CORE := model.py common.py loop.py parallel.py data/tokenizer.py
 WORLD := data/world/people.jsonl
 
 # Threads that wait spin only briefly, then sleep: as fast on free cores, several times faster where one is busy with something else.

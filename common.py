@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import parallel
+
 CHECKPOINT_VERSION = 1
 
 
@@ -60,18 +62,26 @@ def parse_config(cls, doc, argv=None):
 
 
 def setup(config):
-    """Seeds, picks the device and says what it is."""
+    """Seeds, picks the device and says what it is; under torchrun, joins the other processes."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and parallel.size > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         die(f"--device {name}: {str(e).splitlines()[0]}; use auto, cpu, cuda or mps")
+    for flag in ("batch_size", "minibatch_size"):
+        if getattr(config, flag, 0) % parallel.size:
+            die(f"--{flag} {getattr(config, flag)}: cannot be split evenly over {parallel.size} processes")
+    parallel.start(device)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
-    print(f"device {device}" + (f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else "") + f", seed {config.seed}")
+    processes = f" x {parallel.size} processes" * (parallel.size > 1)
+    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+    print(f"device {device}{threads}{processes}, seed {config.seed}")
     return device
 
 
@@ -117,6 +127,7 @@ def all_groups(optimizers):
 
 def optimizer_step(model, optimizers, factor, clip=1.0):
     """One clipped step at initial_lr * factor; returns the gradient norm before clipping."""
+    parallel.add_gradients(model)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizers[0].grad_norm_sum = getattr(optimizers[0], "grad_norm_sum", 0.0) + grad_norm  # train_steps sees whether it is finite
     for group in all_groups(optimizers):
@@ -266,6 +277,8 @@ def state_paths(out):
 
 def save_checkpoint(path, stage, model, tokenizer, config):
     """Writes a self-contained checkpoint: weights, model config, tokenizer, and what made it."""
+    if parallel.rank:
+        return
     content = dict(
         format=CHECKPOINT_VERSION,
         stage=stage,

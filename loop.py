@@ -6,6 +6,7 @@ Every batch is a pure function of (seed, step), so a resumed run needs no data p
 import glob
 import json
 import math
+import os
 import re
 import signal
 import time
@@ -15,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import parallel
 
 try:
     import fcntl
@@ -58,19 +60,21 @@ def train_steps(config, steps, parts, log):
     settings = {k: v for k, v in vars(config).items() if k not in ("resume", "save_every", "log_every", "eval_every", "device")}
     first = load_state(config, settings, parts) if config.resume else 0
     log.open(first)
-    for path in (Path(config.out), newest):
+    parallel.start_alike(parts.values())
+    for path in (Path(config.out), newest) if parallel.rank == 0 else ():
         for leftover in path.parent.glob(f"{glob.escape(path.name)}.tmp[0-9]*"):
             leftover.unlink()  # of a run that was killed while writing; nobody else writes here, the log is locked
-    if config.resume == "previous":
+    if config.resume == "previous" and parallel.rank == 0:
         newest.unlink(missing_ok=True)  # else the next state would push the good one out
     if newest.exists() and not config.resume:
         print(f"{newest}: an interrupted run left it, and --resume would go on from it; this run starts afresh and will replace it")
     unseen, interrupted = [], []
     before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     try:
-        for step in tqdm(range(first, steps), initial=first, total=steps, desc=Path(config.out).stem, disable=None):
+        for step in tqdm(range(first, steps), initial=first, total=steps, desc=Path(config.out).stem, disable=parallel.rank > 0 or None):
             yield step
-            save = interrupted or ((step + 1) % config.save_every == 0 and step + 1 < steps)
+            stop = parallel.total(torch.tensor(len(interrupted))).item()  # a signal may reach the processes in different steps
+            save = stop or ((step + 1) % config.save_every == 0 and step + 1 < steps)
             idle = not torch.cuda.is_initialized() or torch.cuda.current_stream().query()  # else a look would make it so
             unseen.append(sum(part.grad_norm_sum for part in parts.values() if hasattr(part, "grad_norm_sum")))  # on the device
             if idle or save or step + 1 == steps or len(unseen) == 10:
@@ -79,10 +83,12 @@ def train_steps(config, steps, parts, log):
                     log.stop(step + 2 - len(unseen) + finite.index(False), "gradient")
                 unseen.clear()
             if save:
-                with common.atomic(newest, keep=previous) as f:
-                    torch.save(dict(step=step + 1, settings=settings, parts={k: part.state_dict() for k, part in parts.items()}), f)
+                if parallel.rank == 0:
+                    with common.atomic(newest, keep=previous) as f:
+                        torch.save(dict(step=step + 1, settings=settings, parts={k: part.state_dict() for k, part in parts.items()}), f)
                 log.saved = step + 1
-            if interrupted:
+            if stop:
+                parallel.total(torch.zeros(1))  # wait for the save: torchrun ends all processes with the first that ends
                 common.die(f"stopped after step {step + 1} of {steps}; the same command with --resume goes on from there")
     finally:
         signal.signal(signal.SIGINT, before)
@@ -100,6 +106,9 @@ class Log:
     def open(self, saved):
         """Locks the file until this process ends, however it does, and cuts it after the step that was saved."""
         self.saved, size = saved, 0
+        if parallel.rank:
+            self.file = open(os.devnull, "wb")
+            return
         with common.writing(self.path):
             self.file = open(self.path, "a+b")
             try:

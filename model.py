@@ -211,12 +211,12 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens, n_pad))  # (B, T, V)
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, end_id=None, generator=None, on_token=None):
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, end_id=None, generator=None, on_token=None, rand=torch.rand):
         """Continues each prompt (a list of token ids, lengths may differ); returns the new tokens as lists.
 
         A row ends with end_id, which is kept; a row without it ran into max_new_tokens. temperature 0 is greedy;
         top_k 0 and top_p 1 sample from the model's own distribution, the only setting PPO may use.
-        on_token(ids): called after each step with the B new ids, for streaming.
+        on_token(ids): called after each step with the B new ids, for streaming. rand: what draws a step's random numbers.
         """
         B, P = len(prompts), max(map(len, prompts))
         if min(map(len, prompts)) == 0:
@@ -234,7 +234,7 @@ class GPT(nn.Module):
             logits = self.logits(self.hidden(tokens, n_pad, cache, slots)[:, -1])  # (B, V)
             if not columns and not logits.isfinite().all():  # sampling from NaN would stop a GPU for good
                 raise FloatingPointError("logits of the next token")
-            ids = sample(logits, temperature, top_k, top_p, generator)  # (B,)
+            ids = sample(logits, temperature, top_k, top_p, generator, rand)  # (B,)
             columns.append(ids)
             if on_token:
                 on_token(ids.tolist())
@@ -257,7 +257,7 @@ def last_true(mask):
     return mask.size(1) - 1 - mask.int().flip(1).argmax(1)
 
 
-def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, rand=torch.rand):
     """One id a row from logits (B, V): (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -273,5 +273,5 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     # one random number a row, found in the cumulative distribution; torch.multinomial draws one for each of the V ids,
     # a quarter of generation's time
     cdf = logits.softmax(-1).cumsum(-1)  # (B, V)
-    u = torch.rand(len(cdf), 1, device=cdf.device, generator=generator)  # (B, 1), below 1
+    u = rand(len(cdf), 1, device=cdf.device, generator=generator)  # (B, 1), below 1
     return torch.searchsorted(cdf / cdf[:, -1:], u, right=True).squeeze(1)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 import common
 import loop
+import parallel
 import show
 from data import conversation
 from model import GPT, last_true, token_logprobs
@@ -152,10 +153,13 @@ def action_values(critic, tokens, mask):
 
 def generate_responses(policy, prompts, tokenizer, config):
     """Samples a response to each prompt (token lists): tokens (B, T+1), padded on the right, mask (B, T), token lists."""
-    responses = policy.generate(prompts, config.max_new_tokens, config.temperature, end_id=tokenizer.end)
+    options = dict(end_id=tokenizer.end, rand=parallel.rand(len(prompts)))
+    mine = policy.generate(parallel.mine(prompts), config.max_new_tokens, config.temperature, **options)
+    responses = parallel.gather(mine)
+    n_missed = max(map(len, responses)) - max(map(len, mine))  # steps in which only other processes had a row to go on with
+    torch.rand(n_missed * len(prompts), device=policy.device)  # so that all go on with the same random numbers
     tokens = common.pad_rows([p + r for p, r in zip(prompts, responses)], tokenizer.pad, policy.device)  # (B, T+1)
-    answer = [[0] * len(p) + [1] * len(r) for p, r in zip(prompts, responses)]
-    mask = common.pad_rows(answer, 0, policy.device)[:, 1:].bool()  # (B, T)
+    mask = common.pad_rows([[0] * len(p) + [1] * len(r) for p, r in zip(prompts, responses)], 0, policy.device)[:, 1:].bool()  # (B, T)
     return tokens, mask, responses
 
 
@@ -200,18 +204,20 @@ def rollout(policy, ref, critic, score, prompts, texts, tokenizer, config):
     with common.autocast(policy.device):
         tokens, mask, responses = generate_responses(policy, prompts, tokenizer, config)
         t1 = time.time()
+        mine = parallel.mine(tokens), parallel.mine(mask)
         # not the sampler's log-probabilities: it rounds otherwise
-        logprobs, entropy = response_logprobs(policy, tokens, mask, config.temperature, with_entropy=True)
-        ref_logprobs, _ = response_logprobs(ref, tokens, mask, config.temperature)
-        values = action_values(critic, tokens, mask)
-    scores = score(tokens, mask, texts, [conversation.decode_response(r, tokenizer) for r in responses])  # (B,)
+        logprobs, entropy = response_logprobs(policy, *mine, config.temperature, with_entropy=True)
+        ref_logprobs, _ = response_logprobs(ref, *mine, config.temperature)
+        values = action_values(critic, *mine)
+    scores = score(*mine, parallel.mine(texts), [conversation.decode_response(r, tokenizer) for r in parallel.mine(responses)])  # (B,)
+    logprobs, ref_logprobs, values, scores = map(parallel.gather, (logprobs, ref_logprobs, values, scores))
     ended = torch.tensor([r[-1] == tokenizer.end for r in responses], device=scores.device)  # (B,)
     scores = scores.where(ended, config.no_end_score).clamp(min=config.min_score)
     figures = dict(
         score=scores.mean().item(),
         score_se=(scores.std() / len(scores) ** 0.5).item(),
         kl_ref=(logprobs - ref_logprobs).sum(1).mean().item(),  # nats a response, from the reference
-        entropy=entropy.item(),  # nats a token
+        entropy=parallel.total(entropy * (mine[1].sum() / mask.sum())).item(),  # nats a token
         length=mask.sum(1).float().mean().item(),
         no_end=1 - ended.float().mean().item(),
     )
@@ -225,7 +231,7 @@ def update(policy, critic, optimizers, batch, lr_factor, config):
     for _ in range(config.epochs):
         for minibatch in torch.randperm(len(batch["tokens"])).split(config.minibatch_size):
             n_actions = batch["mask"][minibatch].sum()
-            for micro in minibatch.split(config.micro_batch_size):
+            for micro in parallel.mine(minibatch).split(config.micro_batch_size):
                 b = {name: x[micro] for name, x in batch.items()}
                 with common.autocast(policy.device):
                     logprobs, _ = response_logprobs(policy, b["tokens"], b["mask"], config.temperature)  # (B, T)
@@ -242,7 +248,7 @@ def update(policy, critic, optimizers, batch, lr_factor, config):
                 common.optimizer_step(model, [optimizer], lr_factor)
     names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction")
     n_steps = config.epochs * math.ceil(len(batch["tokens"]) / config.minibatch_size)
-    return dict(zip(names, (torch.stack(diagnostics).sum(0) / n_steps).tolist()))
+    return dict(zip(names, (parallel.total(torch.stack(diagnostics).sum(0)) / n_steps).tolist()))
 
 
 def load_prompts(path, tokenizer, config, block_size):
@@ -283,16 +289,15 @@ def main():
     prompts, texts, lines = load_prompts(config.data, tokenizer, config, policy.config.block_size)
     n_val = min(config.val_prompts, len(prompts) // 4)
     train, val = common.hold_out(range(len(prompts)), n_val)
-    if len(train) < config.batch_size:
-        common.die(f"{config.data}: {len(train)} prompts to train on are fewer than --batch_size {config.batch_size}")
+    if len(train) < config.batch_size or 0 < n_val < parallel.size:
+        common.die(f"{config.data}: {len(train)} + {n_val} prompts are fewer than --batch_size {config.batch_size}, or than processes")
     batches = common.Batches([0] * len(train), config.batch_size, config.seed)
     # Adam's usual second beta here: rewards are noisier than next-token losses
     optimizers = [common.make_optimizers(m, config.lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-5)[0] for m in (policy, critic)]
     print(f"{policy.n_params():,} parameters in the policy, {len(train):,} + {n_val} prompts, {config.batch_size} episodes a step")
 
     def run(rows):
-        chosen = [prompts[i] for i in rows], [texts[i] for i in rows]
-        return rollout(policy, ref, critic, score, *chosen, tokenizer, config)
+        return rollout(policy, ref, critic, score, [prompts[i] for i in rows], [texts[i] for i in rows], tokenizer, config)
 
     def run_step(step):
         torch.manual_seed(config.seed * 1_000_003 + step + 1)  # every random draw of an iteration follows from seed and step
@@ -301,8 +306,7 @@ def main():
     def validate():
         """Score and KL on the held-out prompts, with the same random draws each time."""
         torch.manual_seed(config.seed)
-        _, figures, _ = run(val)
-        return {f"val_{name}": value for name, value in figures.items()}
+        return {f"val_{name}": value for name, value in run(val)[1].items()}
 
     if config.show:
         for step in range(2):  # in the first iteration the policy is still its own reference, and every kl 0
@@ -327,7 +331,7 @@ def main():
         start = time.time()
         batch = credit(batch, state.beta, config)
         diagnostics = update(policy, critic, optimizers, batch, common.lr_factor(step, config.steps, 0), config)
-        update_s = time.time() - start
+        seconds = dict(generate_s=generate_s, score_s=score_s, update_s=time.time() - start)
         if config.kl_target:
             state.beta = adapt_beta(state.beta, figures["kl_ref"], config.kl_target, config.batch_size)
 
@@ -335,8 +339,7 @@ def main():
             returns, values = batch["returns"][batch["mask"]], batch["values"][batch["mask"]]  # (N,) each
             variance = returns.var(correction=0).clamp(min=1e-8)  # returns may all be the same
             explained_variance = (1 - (returns - values).var(correction=0) / variance).item()
-            speed = config.batch_size / (generate_s + score_s + update_s)
-            seconds = dict(generate_s=generate_s, score_s=score_s, update_s=update_s, episodes_per_s=speed)
+            seconds["episodes_per_s"] = config.batch_size / sum(seconds.values())
             log(step + 1, **figures, **diagnostics, explained_variance=explained_variance, beta=state.beta.item(), **seconds)
     if n_val:
         log(config.steps, **validate())

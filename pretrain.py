@@ -2,6 +2,7 @@
 
     python pretrain.py                                   # the default world, made by python -m data.world
     python pretrain.py --data data/shakespeare --out out/shakespeare.pt --n_layer 6 --n_embd 384
+    torchrun --nproc_per_node=2 pretrain.py              # on 2 GPUs, the same batch split over them; so for every stage
     python pretrain.py --show                            # the stream with its borders, then stop
 
 --data is a folder with train.bin, val.bin (token ids, uint16 or uint32) and tokenizer.tiktoken.
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 import common
 import data.tokenizer
 import loop
+import parallel
 import show
 from model import GPT, GPTConfig
 
@@ -122,8 +124,10 @@ def main():
     T = config.block_size
     if len(val) <= T or len(train) <= 2 * T:
         common.die(f"{config.data}: {len(train)} training and {len(val)} validation tokens are too few for --block_size {T}")
-    if config.batch_size % config.accumulate:
-        common.die(f"--accumulate {config.accumulate} does not divide --batch_size {config.batch_size}")
+    n_parts = config.accumulate * parallel.size
+    if config.batch_size % n_parts:
+        processes = f" x {parallel.size} processes" * (parallel.size > 1)
+        common.die(f"--accumulate {config.accumulate}{processes} does not divide --batch_size {config.batch_size}")
     if config.show:
         starts = window_starts(len(train), config.batch_size, T, 0, config.seed)
         return show.stream(read_windows(train, starts, T, device)[0], tokenizer)
@@ -149,20 +153,20 @@ def main():
     start, losses = time.time(), []
     for step in loop.train_steps(config, config.steps, parts, log):
         starts = window_starts(len(train), config.batch_size, T, step, config.seed)
-        for part in np.split(starts, config.accumulate):
+        for part in np.split(parallel.mine(starts), config.accumulate):
             tokens, targets = read_windows(train, part, T, device)  # (B, T) each
             with common.autocast(device):
-                loss = next_token_loss(model, tokens, targets) / config.accumulate
+                loss = next_token_loss(model, tokens, targets) / n_parts
             loss.backward()
             losses.append(loss.detach())
         factor = common.lr_factor(step, config.steps, config.warmup)
         grad_norm = common.optimizer_step(model, optimizers, factor)
 
         if step == 0:
-            print(f"initial loss {sum(losses).item():.3f}, ln(vocabulary) = {math.log(tokenizer.vocab_size):.3f}")
+            print(f"initial loss {parallel.total(sum(losses)).item():.3f}, ln(vocabulary) = {math.log(tokenizer.vocab_size):.3f}")
         last = step + 1 == config.steps
         if last or (step + 1) % config.eval_every == 0:
-            train_loss = torch.stack(losses).sum().item() / (len(losses) / config.accumulate)
+            train_loss = parallel.total(torch.stack(losses).sum()).item() / (len(losses) / config.accumulate)
             speed = len(losses) / config.accumulate * config.batch_size * T / (time.time() - start)
             val_loss = validate(model, val, T, device, None if last else 256)
             log(step + 1, train_loss=train_loss, val_loss=val_loss, grad_norm=grad_norm.item(), tokens_per_s=round(speed))

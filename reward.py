@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import common
 import loop
+import parallel
 import show
 from data import conversation
 from model import GPT, GPTConfig, last_true, token_logprobs
@@ -221,15 +222,16 @@ def main():
     log = loop.Log(config.out, lambda step: f"{config.data}, lines {sorted(train[i].line for i in batches[step])}")
     parts = {"model": model} | {f"optimizer{i}": o for i, o in enumerate(optimizers)}
     for step in loop.train_steps(config, steps, parts, log):
-        chosen, rejected = score_pairs(model, [train[i] for i in batches[step]], tokenizer.pad, device)  # (B,) each
-        loss = preference_loss(chosen, rejected)
+        rows = parallel.mine(batches[step])
+        chosen, rejected = score_pairs(model, [train[i] for i in rows], tokenizer.pad, device)  # (B,) each
+        loss = preference_loss(chosen, rejected) / parallel.size
         loss.backward()
         grad_norm = common.optimizer_step(model, optimizers, common.lr_factor(step, steps, config.warmup))
 
         if (step + 1) % config.eval_every == 0 or step + 1 == steps:
-            margin = (chosen - rejected).mean().item()
+            margin = parallel.total((chosen - rejected).mean() / parallel.size).item()
             held_out = validate(model, val, tokenizer.pad, device)
-            log(step + 1, train_loss=loss.item(), **held_out, margin=margin, grad_norm=grad_norm.item())
+            log(step + 1, train_loss=parallel.total(loss).item(), **held_out, margin=margin, grad_norm=grad_norm.item())
     torch.manual_seed(config.seed)
     calibrate(model, sft, prompts, tokenizer, config)
     common.save_checkpoint(config.out, "reward", model, tokenizer, config)

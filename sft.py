@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import common
 import loop
+import parallel
 import show
 from data import conversation
 from model import GPT
@@ -114,13 +115,15 @@ def main():
     for step in loop.train_steps(config, steps, parts, log):
         tokens, targets, mask = collate([train[i] for i in batches[step]], tokenizer.pad, device)  # (B, T) each
         with common.autocast(device):
-            loss = masked_loss(model(tokens), targets, mask)
+            mine = parallel.mine(mask)
+            share = mine.sum() / mask.sum()  # of the tokens that train
+            loss = masked_loss(model(parallel.mine(tokens)), parallel.mine(targets), mine) * share
         loss.backward()
         grad_norm = common.optimizer_step(model, optimizers, common.lr_factor(step, steps, config.warmup))
 
         if (step + 1) % config.eval_every == 0 or step + 1 == steps:
             val_loss = {"val_loss": validate(model, val, tokenizer.pad, device)} if val else {}
-            log(step + 1, train_loss=loss.item(), **val_loss, grad_norm=grad_norm.item(), trained_share=mask.float().mean().item())
+            log(step + 1, train_loss=parallel.total(loss).item(), **val_loss, grad_norm=grad_norm.item(), trained_share=mask.float().mean().item())
     common.save_checkpoint(config.out, "sft", model, tokenizer, config)
 
 
