@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import tiny
+import torch
 from test_stages import run
 
 import common
@@ -113,26 +113,26 @@ def ppo_flags(flags, tmp_path, monkeypatch):
     (tmp_path / "rewards.py").write_text(
         "import os\n\ncalls = []\n\n\ndef length(prompts, responses):\n"
         "    calls.append(1)\n"
-        "    if len(calls) == 3 and os.environ.get('RANK') == '1':\n"
+        "    if len(calls) == 4 and os.environ.get('RANK') == '1':\n"
         "        os.kill(os.getpid(), int(os.environ['SIGNAL']))\n"
         "    return [float(len(r)) for r in responses]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    return flags["ppo"] | dict(reward="rewards:length", val_prompts=0, steps=5, out=tmp_path / "ppo.pt")
+    return flags["ppo"] | dict(reward="rewards:length", val_prompts=2, steps=5, out=tmp_path / "ppo.pt")
 
 
 def test_an_interrupt_of_one_process_stops_all_after_the_same_step_and_one_process_can_go_on(ppo_flags, tmp_path):
     process = start_in_float32({"ppo": ppo_flags}, PYTHONPATH=str(tmp_path), SIGNAL=str(int(signal.SIGINT)))
     printed, _ = process.communicate(timeout=600)
     assert process.returncode != 0 and "stopped after step 3 of 5" in printed, printed
-    assert not ppo_flags["out"].exists() and len(records(ppo_flags["out"])) == 3
+    assert not ppo_flags["out"].exists() and [r["step"] for r in records(ppo_flags["out"])] == [0, 1, 2, 3]
     uninterrupted = ppo_flags | dict(out=tmp_path / "uninterrupted.pt")
     with tiny.in_precision(torch.float32):
         run(ppo, ppo_flags | dict(resume="newest"))
         run(ppo, uninterrupted)
     one, both = weights(uninterrupted["out"]), weights(ppo_flags["out"])
     assert all((one[name] - both[name]).abs().max() < 2e-4 for name in one)
-    assert [r["step"] for r in records(ppo_flags["out"])] == [1, 2, 3, 4, 5]
+    assert [r["step"] for r in records(ppo_flags["out"])] == [0, 1, 2, 3, 4, 5, 5]
 
 
 def test_a_process_that_dies_ends_the_run_with_an_error_and_without_a_checkpoint(ppo_flags, tmp_path):
