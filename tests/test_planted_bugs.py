@@ -53,8 +53,8 @@ BUGS = {
     "reference at another temperature": Bug(
         ppo,
         "rollout",
-        "response_logprobs(ref, tokens, mask, config.temperature)",
-        "response_logprobs(ref, tokens, mask, 1.0)",
+        "response_logprobs(ref, *mine, config.temperature)",
+        "response_logprobs(ref, *mine, 1.0)",
         first_step,
     ),
     "rollout at another temperature than training": Bug(
