@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent
 PENALTIES = {1: "true_reward", 2: "true_reward_2", 4: "true_reward_4"}  # what a wrong answer costs: its reward function
 HABIT_BETA = 0.1
 BEST_OF = 4
+PPO_STEPS = controls.N_EPISODES // 128
 DOSE_STEPS = 20 * controls.N_FACTS // 32  # 20 passes: converged
 
 
@@ -58,7 +59,7 @@ def jobs():
         ("out/sft.pt", "sft.py --init out/base.pt --out out/sft.pt"),
         ("data/world/preferences.jsonl", "-m data.label --init out/sft.pt"),
         ("out/reward.pt", "reward.py --init out/sft.pt --data data/world/preferences.jsonl --out out/reward.pt"),
-        ("out/ppo.pt", "ppo.py --init out/sft.pt --reward out/reward.pt --out out/ppo.pt"),
+        ("out/ppo.pt", f"ppo.py --init out/sft.pt --reward out/reward.pt --out out/ppo.pt --steps {PPO_STEPS} --lr 1e-4"),
     ]
 
     def sft(name, flags="", init="base"):
@@ -70,7 +71,7 @@ def jobs():
         sft(name)
     # 4 and 5b: the same number of samples spent in other ways, from one SFT checkpoint
     for name, flags in ("ppo_true", ""), ("ppo_true_positive", "--min_score 0"):
-        plan.append((f"out/{name}.pt", f"ppo.py --init out/sft.pt --out out/{name}.pt --reward data.world:true_reward {flags}"))
+        plan.append((f"out/{name}.pt", f"ppo.py --init out/sft.pt --out out/{name}.pt --reward data.world:true_reward --steps {PPO_STEPS} --lr 1e-4 {flags}"))
     plan.append(("out/ppo_positive.pt", "experiments.py --job positive", "out/reward.pt"))
     sft("demos", init="sft")
     sft("demos_idk", init="sft")
@@ -199,7 +200,7 @@ def positive(config):
     prompts = common.read_jsonl("data/world/prompts.jsonl", lambda r: None)[:512]
     tokens = [conversation.render_prompt(r["messages"], tokenizer) for r in prompts]
     zero = scores(reward_model, tokens, [tokenizer.encode(world.IDK) + [tokenizer.end]] * len(tokens)).mean().item()
-    command = f"ppo.py --init out/sft.pt --reward out/reward.pt --out out/ppo_positive.pt --min_score={zero:.3f} --seed {config.seed}"
+    command = f"ppo.py --init out/sft.pt --reward out/reward.pt --out out/ppo_positive.pt --steps {PPO_STEPS} --lr 1e-4 --min_score={zero:.3f} --seed {config.seed}"
     print(command, flush=True)
     subprocess.run([sys.executable, str(ROOT / command.split()[0])] + command.split()[1:], check=True)
 

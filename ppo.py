@@ -39,14 +39,14 @@ class Config:
     data: str = "data/world/prompts.jsonl"  # prompts, one a line
     out: str = "out/ppo.pt"  # checkpoint to write
     resume: str = ""  # go on with an interrupted run: from <out>.resume, or with "previous" from the state before
-    steps: int = 60  # iterations of rollout and update
+    steps: int = 80  # iterations of rollout and update
     batch_size: int = 128  # episodes an iteration
     minibatch_size: int = 64  # episodes an optimizer step
     micro_batch_size: int = 64  # episodes a forward pass, for GPUs that cannot hold a minibatch; changes no result
     epochs: int = 2  # passes over an iteration's episodes; 4 cost twice the time and abstain a little more often
     max_new_tokens: int = 16  # longest response
     temperature: float = 1.0  # of the sampling and of every log-probability; no top-k or top-p: the KL would be wrong
-    lr: float = 1e-4  # peak learning rate of policy and critic, linear to 0; a billion parameters want 3e-6
+    lr: float = 2e-4  # peak learning rate of policy and critic, linear to 0; a billion parameters want 3e-6
     beta: float = 0.05  # weight of the KL penalty
     kl_target: float = 0.0  # nats a response; if not 0, beta adapts to hold it (arXiv 1909.08593)
     gamma: float = 1.0  # discount

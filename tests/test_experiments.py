@@ -129,4 +129,4 @@ def test_prompts_of_the_controls_are_ppo_s_own():
     import ppo
 
     config = ppo.Config()
-    assert controls.N_EPISODES == config.steps * config.batch_size <= world.Config.prompts - config.val_prompts
+    assert controls.N_EPISODES == experiments.PPO_STEPS * config.batch_size <= world.Config.prompts - config.val_prompts
