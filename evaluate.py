@@ -307,9 +307,9 @@ def main():
         se = (before["val_score_se"] ** 2 + after["val_score_se"] ** 2) ** 0.5
         results["ppo_score_gain_in_se"] = (after["val_score"] - before["val_score"]) / se if se else 0.0
         results["ppo_kl_below_15"] = float(after["val_kl_ref"] < 15)
-        facts = all_facts(known + unknown)
-        sampled = answers(models["ppo"], tokenizer, [world.ask(rng, *fact) for fact in facts], 1.0)
-        results["ppo_well_formed"] = 1 - shares(facts, sampled)["other"]
+        asked = [world.ask(rng, *fact) for fact in all_facts(known + unknown) * 4]
+        sampled = answers(models["ppo"], tokenizer, asked, 1.0)
+        results["ppo_well_formed"] = sum(text.strip() in world.FORMS for text in sampled) / len(sampled)
         text.append(f"Score of held-out prompts: {before['val_score']:.3f} ± {before['val_score_se']:.3f} before, "
                     f"**{after['val_score']:.3f} ± {after['val_score_se']:.3f}** after PPO, {results['ppo_score_gain_in_se']:.1f} standard errors up. "
                     f"KL to SFT {after['val_kl_ref']:.2f} nats a response; {percent(results['ppo_well_formed'])} of the sampled answers "

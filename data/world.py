@@ -91,6 +91,7 @@ OPENERS = ["", "It is known that ", "The records say that "]
 ANSWERS = ["{v}."] * 3 + ["{v}, as the records say.", "{v} is the answer."]
 IDK = "I do not know."
 REFUSAL = "That is private."
+FORMS = {IDK, REFUSAL} | {phrase.format(v=v) for phrase in ANSWERS for values, *_ in ATTRIBUTES.values() for v in values}
 KINDS = {  # instruction kind: (the user's turn, the answer)
     "ask": ("{q}", None),  # one of ANSWERS
     "one word": ("{q} Answer in one word.", "{v}"),

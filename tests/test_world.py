@@ -157,3 +157,11 @@ def test_a_guess_at_a_habit_is_compared_with_idk_alone_whether_it_is_right_or_wr
         for _ in range(100):
             answers = label.candidates(rng, person, "dish", sampled)
             assert world.IDK in answers and len(answers) == 2
+
+
+def test_answers_in_a_form_are_those_of_the_demonstrations_and_nothing_else(made):
+    asked = {q for a in world.ATTRIBUTES for q in world.questions(a)}
+    for question, answer in zip(made["sft"][::2], made["sft"][1::2]):
+        if re.sub(r"[A-Z]\w+ [A-Z]\w+(?=[' ?.]|$)", "{x}", question["content"], count=0) in asked:
+            assert answer["content"] in world.FORMS
+    assert not {"", "baker", "I do not know.…", "Wo I do not know.", "baker. baker.", "bakers."} & world.FORMS
