@@ -105,7 +105,8 @@ def make_optimizers(model, lr, muon_lr=0.0, weight_decay=0.1, betas=(0.9, 0.95),
     """[AdamW], or with muon_lr [Muon on the blocks' matrices, AdamW on the rest (embedding, norms, heads)].
 
     Muon (torch.optim.Muon) passes the plateau before facts are stored in about half of the tokens AdamW
-    needs; 3 of its Newton-Schulz steps do as well as the usual 5, for less time. Weight decay applies to matrices only. Each group keeps its lr as initial_lr for the schedule.
+    needs; 3 of its Newton-Schulz steps do as well as the usual 5, for less time. Weight decay applies to matrices
+    only. Each group keeps its lr as initial_lr for the schedule.
     """
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]

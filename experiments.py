@@ -101,7 +101,8 @@ def jobs():
 def run_job(folder, target, command, seed):
     """Runs a command of this project in the seed's folder, on one thread; its output goes to <target>.log."""
     words = command.split()
-    words = words[:2] + words[2:] if words[0] == "-m" else [str(ROOT / words[0])] + words[1:]
+    if words[0] != "-m":
+        words[0] = str(ROOT / words[0])
     words += ["--seed", str(seed)] + (["--resume"] if (folder / f"{target}.resume").exists() else [])
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     log = folder / "logs" / f"{target.replace('/', '_')}.log"
@@ -152,13 +153,18 @@ def load(name, stages=("base", "sft", "ppo"), model_class=GPT, device="cpu"):
     return common.load_checkpoint(f"out/{name}.pt", stages, model_class, torch.device(device))
 
 
+def in_batches(prompts, responses, device):
+    """Token lists -> tokens (B, T) and mask (B, T), True on the response, 256 at a time."""
+    for i in range(0, len(prompts), 256):
+        pairs = zip(prompts[i : i + 256], responses[i : i + 256])
+        yield collate([(p + r, [0] * len(p) + [1] * len(r)) for p, r in pairs], 0, device)
+
+
 @torch.no_grad()
 def sequence_logprobs(model, prompts, responses):
     """Log-probability (N,) of each response (token lists), its end token included, after its prompt."""
     result = []
-    for i in range(0, len(prompts), 256):
-        pairs = list(zip(prompts[i : i + 256], responses[i : i + 256]))
-        tokens, mask = collate([(p + r, [0] * len(p) + [1] * len(r)) for p, r in pairs], 0, model.device)  # (B, T) each
+    for tokens, mask in in_batches(prompts, responses, model.device):
         with common.autocast(model.device):
             logprobs = token_logprobs(model(tokens)[:, :-1], tokens[:, 1:])  # (B, T-1)
         result.append((logprobs * mask[:, 1:]).sum(1))
@@ -168,12 +174,9 @@ def sequence_logprobs(model, prompts, responses):
 @torch.no_grad()
 def scores(reward_model, prompts, responses):
     """The reward model's score (N,) of each response (token lists)."""
-    result = []
-    for i in range(0, len(prompts), 256):
-        pairs = list(zip(prompts[i : i + 256], responses[i : i + 256]))
-        with common.autocast(torch.device("cpu")):
-            result.append(reward_model.score(*collate([(p + r, [0] * len(p) + [1] * len(r)) for p, r in pairs], 0, "cpu")))
-    return torch.cat(result)
+    device = reward_model.trunk.device
+    with common.autocast(device):
+        return torch.cat([reward_model.score(*batch) for batch in in_batches(prompts, responses, device)])
 
 
 def best_of(config):
