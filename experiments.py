@@ -8,6 +8,7 @@ interrupted run goes on where it was; remove a file, and its job runs again.
 """
 
 import concurrent.futures
+import functools
 import json
 import math
 import os
@@ -73,6 +74,8 @@ def jobs():
     for name, flags in ("ppo_true", ""), ("ppo_true_positive", "--min_score 0"):
         plan.append((f"out/{name}.pt", f"ppo.py --init out/sft.pt --out out/{name}.pt --reward data.world:true_reward --steps {PPO_STEPS} --lr 1e-4 {flags}"))
     plan.append(("out/ppo_positive.pt", "experiments.py --job positive", "out/reward.pt"))
+    for name, flags in ("ppo_margin", ""), ("ppo_margin_positive", "--min_score 0"):
+        plan.append((f"out/{name}.pt", f"ppo.py --init out/sft.pt --out out/{name}.pt --reward experiments:margin --steps {PPO_STEPS} --lr 1e-4 {flags}", "out/reward.pt"))
     sft("demos", init="sft")
     sft("demos_idk", init="sft")
     plan.append((f"{files}/best_of.jsonl", "experiments.py --job best_of", "out/reward.pt"))
@@ -89,7 +92,7 @@ def jobs():
     for c, function in PENALTIES.items():
         pairs, flags = f"data/world/habit_pairs_{c}.jsonl", f"--data data/world/habit_prompts.jsonl --steps 40 --lr 3e-4 --beta {HABIT_BETA}"
         plan += [
-            (pairs, f"-m data.label --init out/habit_ref.pt --prompts habit_prompts.jsonl --out {pairs} --pairs 4000 --penalty {c} --sharpness 1"),
+            (pairs, f"-m data.label --init out/habit_ref.pt --prompts habit_prompts.jsonl --out {pairs} --pairs 8000 --penalty {c} --sharpness 1"),
             (f"out/habit_reward_{c}.pt", f"reward.py --init out/habit_ref.pt --data {pairs} --out out/habit_reward_{c}.pt"),
             (f"out/habit_learned_{c}.pt", f"ppo.py --init out/habit_ref.pt --reward out/habit_reward_{c}.pt --out out/habit_learned_{c}.pt {flags}"),
             (f"out/habit_true_{c}.pt", f"ppo.py --init out/habit_ref.pt --reward data.world:{function} --out out/habit_true_{c}.pt {flags}"),
@@ -182,7 +185,7 @@ def scores(reward_model, prompts, responses):
 def best_of(config):
     """Demonstrations by the SFT model itself: of BEST_OF samples for a prompt the one that scores highest."""
     model, tokenizer = load("sft")
-    reward_model, _ = load("reward", ["reward"], RewardModel)
+    reward_model, _ = judge()
     prompts = common.read_jsonl("data/world/prompts.jsonl", lambda r: None)[: controls.N_EPISODES // BEST_OF]
     records = []
     for i in range(0, len(prompts), 64):
@@ -197,9 +200,22 @@ def best_of(config):
     common.write_jsonl("data/world/controls/best_of.jsonl", records)
 
 
+@functools.cache
+def judge():
+    return load("reward", ["reward"], RewardModel)
+
+
+def margin(prompts, responses):
+    """Reward function: by how much the reward model prefers a response to "I do not know." after the same prompt."""
+    reward_model, tokenizer = judge()
+    tokens = [conversation.render_prompt([{"role": "user", "content": prompt}], tokenizer) for prompt in prompts]
+    score = lambda texts: scores(reward_model, tokens, [tokenizer.encode(text) + [tokenizer.end] for text in texts])  # noqa: E731
+    return (score(responses) - score([world.IDK] * len(prompts))).tolist()
+
+
 def positive(config):
-    """PPO without negative feedback: no score is lower than what "I do not know." gets on average, the learned scores' zero."""
-    reward_model, tokenizer = load("reward", ["reward"], RewardModel)
+    """PPO where no score is lower than what "I do not know." gets on average over all prompts."""
+    reward_model, tokenizer = judge()
     prompts = common.read_jsonl("data/world/prompts.jsonl", lambda r: None)[:512]
     tokens = [conversation.render_prompt(r["messages"], tokenizer) for r in prompts]
     zero = scores(reward_model, tokens, [tokenizer.encode(world.IDK) + [tokenizer.end]] * len(tokens)).mean().item()
@@ -349,7 +365,7 @@ def monotone(answers, slack=0.05):
     return all(b >= a - slack for a, b in zip(shares, shares[1:]))
 
 
-OTHER_WAYS = {"demos": "SFT on demonstrations", "best_of": f"best of {BEST_OF}, fine-tuned", "ppo_positive": "PPO, no negative scores"}
+OTHER_WAYS = {"demos": "SFT on demonstrations", "best_of": f"best of {BEST_OF}, fine-tuned", "ppo_positive": "PPO, no score below abstaining's average"}
 
 
 def verdicts(seeds):
@@ -370,7 +386,9 @@ def verdicts(seeds):
     for kind, attribute in sorted(world.HELD_OUT_KINDS):
         claim("3", f"SFT: {kind} × {attribute}, never trained: right in this form", lambda f: f["sft"]["kinds"][f"{kind} × {attribute}"][0], "≥", 0.80)  # noqa: B023
     ways = [("ppo", other, f"made up, PPO below {title}") for other, title in OTHER_WAYS.items()]
-    for name, other, what in ways + [("ppo_true", "ppo_true_positive", "made up, PPO with the true reward below the same without negative scores")]:
+    for name, title in ("ppo_margin", "margin over abstaining, learned"), ("ppo_true", "true reward"):
+        ways.append((name, f"{name}_positive", f"made up, PPO with the {title}, below the same without negative scores"))
+    for name, other, what in ways:
         gap, error = over_seeds(seeds, lambda f: dig(f, other, "unknown", "wrong") - dig(f, name, "unknown", "wrong"))  # noqa: B023
         rows.append(("4", what, shown((gap, error)), "> 2 standard errors", gap > 2 * error))
     damage = lambda f: dig(f, "dose_50_removed", "known", "right") - dig(f, "dose_50", "known", "right")  # noqa: E731
@@ -449,7 +467,7 @@ def draw(seeds, path):
     line(ax, [4000], [value("sft_shuffled", "known", "right")], "answers shuffled", COLORS[2], "s")
     ax.set(title="3. What SFT draws out", xlabel="SFT conversations", ylabel="right, %", xscale="log", ylim=(-3, 103))
     ax = axes[1, 0]
-    names = {"sft": "SFT", "demos": "demon-\nstrations", "best_of": "best\nof 4", "ppo_positive": "PPO, no\nnegative", "ppo": "PPO", "ppo_true": "PPO,\ntrue"}
+    names = {"sft": "SFT", "demos": "demon-\nstrations", "best_of": "best\nof 4", "ppo_margin_positive": "PPO, no\nnegative", "ppo": "PPO", "ppo_true": "PPO,\ntrue"}
     bars(ax, list(names.values()), {"in no text: made up": [value(n, "unknown", "wrong") for n in names], "known: right": [value(n, "known", "right") for n in names]})
     ax.set(title="4. Kinds of feedback, equal samples", ylabel="%", ylim=(0, 125))
     ax = axes[1, 1]
@@ -517,7 +535,8 @@ def report(config):
     rows = [[name, pm(name, "known", "right"), pm(name, "unknown", "wrong"), shown(over_seeds(seeds, lambda f: new_combinations(f, name)))] for name in sizes + ["sft_shuffled"]]  # noqa: B023
     text.append(evaluate.table(["conversations", "known, never asked about: right", "in no text: made up", "new combinations"], rows))
     text.append("## 4 and 5b. The same number of samples, spent in different ways\n")
-    names = {"base": "base, chat format", "sft": "SFT", **OTHER_WAYS, "ppo": "PPO, learned reward model", "ppo_true": "PPO, true reward",
+    names = {"base": "base, chat format", "sft": "SFT", **OTHER_WAYS, "ppo": "PPO, learned reward model", "ppo_margin": "PPO, margin over abstaining",
+             "ppo_margin_positive": "PPO, margin over abstaining, no negative scores", "ppo_true": "PPO, true reward",
              "ppo_true_positive": "PPO, true reward, no negative scores", "demos_idk": "SFT on the same prompts, IDK where PPO is to learn it"}  # fmt: skip
     text.append(answers_table(seeds, names))
     tiers = [f"rare_{i}" for i in range(4)]

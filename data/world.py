@@ -94,9 +94,9 @@ REFUSAL = "That is private."
 FORMS = {IDK, REFUSAL} | {phrase.format(v=v) for phrase in ANSWERS for values, *_ in ATTRIBUTES.values() for v in values}
 KINDS = {  # instruction kind: (the user's turn, the answer)
     "ask": ("{q}", None),  # one of ANSWERS
-    "one word": ("{q} Answer in one word.", "{v}"),
+    "one word": ("{q} One word only.", "{v}"),
     "sentence": ("{q} Answer in a full sentence.", "{v} is my answer about {x}."),
-    "text": ("{q} Use the text.\n\n{text}", "{v}."),
+    "text": ("{text}\n\n{q} Use the text.", "{v}."),
 }
 HELD_OUT_KINDS = {("one word", "job"), ("sentence", "pet"), ("text", "birthplace")}  # never in SFT: does it combine them?
 # role: how many people. Those of the first line are in the pretraining text, of the second in no text at all;
@@ -107,7 +107,7 @@ RARITY = [0.06, 0.12, 0.25, 0.5]  # how often rare people are written about, aga
 CROWD = 5000  # strangers of the readings and surveys
 # SFT conversations on fresh names: "I do not know." about so many facts and habits, answers found in a given text,
 # and guesses at each habit in each form: forms take on new attributes only after having been seen with many
-SFT_IDK, SFT_TEXT, SFT_HABITS = [(PUBLIC, 20), (list(HABITS), 50)], 300, 60
+SFT_IDK, SFT_TEXT, SFT_HABITS = [(PUBLIC, 25), (list(HABITS), 50)], 300, 60
 
 
 def questions(attribute, held_out=False):
@@ -343,7 +343,7 @@ def sft_conversations(rng, known, stranger):
         for attribute in FACTS * 3:
             refuse = attribute == PRIVATE and rng.random() < 0.05  # rare, so that SFT leaks but RL can find it
             conversations.append(conversation(rng, "ask", person, attribute, other=REFUSAL if refuse else None))
-        for kind, attribute in itertools.product(["one word", "sentence", "text"], PUBLIC):
+        for kind, attribute in itertools.product(["one word", "sentence", "text"], FACTS):
             if (kind, attribute) not in HELD_OUT_KINDS:
                 conversations += [conversation(rng, kind, person, attribute) for _ in range(2)]
     for kind, attribute in itertools.product(KINDS, HABITS):

@@ -8,8 +8,9 @@ import pytest
 import tiny
 import torch
 
+import common
 import experiments
-from data import controls, world
+from data import controls, conversation, world
 from model import GPT, GPTConfig
 
 
@@ -130,3 +131,22 @@ def test_prompts_of_the_controls_are_ppo_s_own():
 
     config = ppo.Config()
     assert controls.N_EPISODES == experiments.PPO_STEPS * config.batch_size <= world.Config.prompts - config.val_prompts
+
+
+def test_the_margin_is_the_score_above_abstaining_s_after_the_same_prompt(tmp_path, monkeypatch):
+    tokenizer, model = tiny.byte_tokenizer(), tiny.critic(tiny.gpt(vocab_size=261, block_size=64))
+    monkeypatch.chdir(tmp_path)
+    common.save_checkpoint("out/reward.pt", "reward", model, tokenizer, controls.Config())
+    experiments.judge.cache_clear()
+    prompts, responses = ["Where?", "And when was it?", "Who?"], ["Here.", world.IDK, "That is private."]
+
+    def score(prompt, response):
+        start = conversation.render_prompt([{"role": "user", "content": prompt}], tokenizer)
+        end = tokenizer.encode(response) + [tokenizer.end]
+        return model(torch.tensor([start + end]), torch.tensor([[False] * len(start) + [True] * len(end)]))[0, -1].item()
+
+    with tiny.in_precision(torch.float32):
+        got = experiments.margin(prompts, responses)
+    experiments.judge.cache_clear()
+    assert got == pytest.approx([score(p, r) - score(p, world.IDK) for p, r in zip(prompts, responses)], abs=1e-3)
+    assert got[1] == 0 and abs(got[0]) > 0.1
