@@ -207,7 +207,7 @@ def main():
     prompts = [tokens[: mask.index(1)] for (tokens, mask), _ in train if 1 in mask[: max(longest, 0)]][: config.calibration]
     if len(prompts) < 2:
         common.die(f"{len(prompts)} prompts for the calibration: at least 2 must leave room for --max_new_tokens {config.max_new_tokens}")
-    batches = common.Batches([len(chosen[0]) for chosen, _ in train], config.batch_size, config.seed)
+    batches = common.Batches([mask.count(0) for (_, mask), _ in train], config.batch_size, config.seed)
     model.likelihood_weight.data.fill_(likelihood_fit(model, train[:1024], tokenizer.pad, device))
     if config.show:
         answers = [answer for i in batches[0][:3] for answer in train[i]]  # chosen and rejected in turn

@@ -101,7 +101,7 @@ def main():
     train, val = common.hold_out(examples, config.val_share)
     if len(train) < config.batch_size:
         common.die(f"{config.data}: {len(train)} conversations to train on are fewer than --batch_size {config.batch_size}")
-    batches = common.Batches([len(tokens) for tokens, _ in train], config.batch_size, config.seed)
+    batches = common.Batches([mask.count(0) for _, mask in train], config.batch_size, config.seed)
     if config.show:
         return show.conversations(*collate([train[i] for i in batches[0]], tokenizer.pad, device), tokenizer)
     steps = config.steps or config.epochs * len(batches)

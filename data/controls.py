@@ -19,6 +19,7 @@ class Config:
 
 N_FACTS = 600  # questions in each set of the dose curve
 N_EPISODES = 60 * 128  # of PPO in the experiments: as many demonstrations, on prompts that it does not hold out
+N_HABITS = 3000  # demonstrations of guessing and abstaining: fewer, and how often it abstains hangs on the name
 SIZES = [100, 300, 1000]  # of the SFT size curve, beside all
 DOSES = [0, 25, 50, 75]  # percent of unknown facts
 
@@ -66,13 +67,13 @@ def demonstrations(prompts, grader, abstain):
     return result
 
 
-def habit_answers(rng, prompts, grader, abstain=0.3):
-    """The true habit, or at random, whoever it is, "I do not know.": for a reference that does both."""
+def habit_answers(rng, people, abstain=0.3):
+    """Each person's own habit or, at random, whoever it is, "I do not know.": for a reference that does both."""
     result = []
-    for record in prompts:
-        person, attribute = grader.fact(record["messages"][-1]["content"])
-        answer = world.IDK if rng.random() < abstain else world.say(rng.choice(world.ANSWERS), person, attribute)
-        result.append({"messages": record["messages"] + [{"role": "assistant", "content": answer}]})
+    for person in people:
+        habit = rng.choice(list(world.HABITS))
+        answer = world.IDK if rng.random() < abstain else person[habit] + "."
+        result.append(question_and_answer(rng, person, habit, answer))
     return result
 
 
@@ -91,8 +92,7 @@ def main():
     sets |= {f"sft_{n}": sft[:n] for n in SIZES}
     sets |= dose_sets(rng, role["sft"], role["unknown_dev"], N_FACTS)
     sets |= {"demos": demonstrations(prompts, grader, False), "demos_idk": demonstrations(prompts, grader, True)}
-    habit_prompts = common.read_jsonl(folder / "habit_prompts.jsonl", lambda r: None)
-    sets["habit_ref"] = habit_answers(rng, habit_prompts[-512:], grader)  # the ones that ppo.py holds out
+    sets["habit_ref"] = habit_answers(rng, rng.sample(role["rl_unknown"], N_HABITS))
     for name, records in sets.items():
         common.write_jsonl(folder / "controls" / f"{name}.jsonl", records)
     common.write_text(folder / "controls" / "done", "\n".join(sets) + "\n")

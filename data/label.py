@@ -36,7 +36,7 @@ def candidates(rng, person, attribute, sampled):
     wrong = phrase.format(v=rng.choice([v for v in world.ATTRIBUTES[attribute][0] if v != person[attribute]]))
     astray = world.say(phrase, person, rng.choice([a for a in world.ATTRIBUTES if a != attribute]))  # of another attribute
     if attribute in world.HABITS:  # a guess meets "I do not know." whether it is right or not: else its odds would be bent
-        return [world.IDK, rng.choice([sampled] * 4 + [world.REFUSAL, astray])]
+        return [world.IDK, rng.choice([sampled] * 10 + [world.REFUSAL, astray])]
     written = [world.IDK, world.IDK, world.REFUSAL, astray, wrong]
     if person["role"] == "rl":  # about an unknown person the labeller cannot write the true answer either
         written += [world.say(phrase, person, attribute)] * 3
@@ -55,7 +55,7 @@ def main():
     grader = world.Grader(Path(config.data) / "people.jsonl")
     rng = random.Random(config.seed)
     prompts = [r["messages"] for r in common.read_jsonl(Path(config.data) / config.prompts, lambda r: conversation.check(r.get("messages")))]
-    prompts = rng.choices(prompts, k=config.pairs)
+    prompts = (rng.sample(prompts, len(prompts)) * math.ceil(config.pairs / len(prompts)))[: config.pairs]  # each once, then again
     pairs = []
     for start in range(0, len(prompts), 256):
         batch = prompts[start : start + 256]
