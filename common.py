@@ -276,7 +276,7 @@ def state_paths(out):
     return Path(f"{out}.resume"), Path(f"{out}.resume.previous")
 
 
-def save_checkpoint(path, stage, model, tokenizer, config):
+def save_checkpoint(path, stage, model, tokenizer, config, **made_by):
     """Writes a self-contained checkpoint: weights, model config, tokenizer, and what made it."""
     if parallel.rank:
         return
@@ -286,7 +286,7 @@ def save_checkpoint(path, stage, model, tokenizer, config):
         model_config=dataclasses.asdict(model.config),
         weights=model.state_dict(),
         tokenizer=tokenizer.dumps(),
-        made_by=dict(config=dataclasses.asdict(config), argv=sys.argv, torch=str(torch.__version__)),
+        made_by=dict(config=dataclasses.asdict(config), argv=sys.argv, torch=str(torch.__version__), **made_by),
     )
     with atomic(path) as f:
         torch.save(content, f)
