@@ -172,22 +172,22 @@ def measure_kinds(model, tokenizer, people, rng):
 def find_stages(out):
     """{stage: its log's records} of the stages in out/ that follow from each other, and a line about each of the others.
 
-    As make judges: a checkpoint older than one before it in the chain is of an earlier run; so is a log without its
-    checkpoint, while a log newer than its checkpoint is of a run that has not ended. None of these is reported.
+    Times tell, as they do for make: a checkpoint older than one before it in the chain is of an earlier run, and so is a
+    log without its checkpoint; a log newer than its checkpoint is of a run that has not ended.
     """
     logs, left_out, newest = {}, [], 0
     for stage, title in STAGES.items():
         checkpoint, log = out / f"{stage}.pt", out / f"{stage}.jsonl"
-        if not checkpoint.exists():
-            left_out.append(f"No {title}: {checkpoint} is missing.")
-        elif checkpoint.stat().st_mtime_ns < newest:
-            left_out.append(f"No {title}: {checkpoint} is older than a stage before it, so of an earlier run; `make` trains it again.")
+        made, logged = (path.stat().st_mtime_ns if path.exists() else 0 for path in (checkpoint, log))
+        if made < newest or not made:
+            why = "older than a stage before it: of an earlier run, which `make` would repeat (after a mere copy, touch it)" if made else "missing"
+            left_out.append(f"Without {title}: {checkpoint} is {why}.")
+            continue
+        newest, logs[stage] = made, []
+        if 0 < logged <= made:
+            logs[stage] = common.read_jsonl(log, lambda r: None)
         else:
-            newest = checkpoint.stat().st_mtime_ns
-            finished = log.exists() and log.stat().st_mtime_ns <= newest
-            logs[stage] = common.read_jsonl(log, lambda r: None) if finished else []
-            if not finished:
-                left_out.append(f"No curves of {title}: {log} is {'of a run that has not ended' if log.exists() else 'missing'}.")
+            left_out.append(f"Without curves of {title}: {log} is {'of a run that has not ended' if logged else 'missing'}.")
     return logs, left_out
 
 
@@ -206,7 +206,7 @@ def load_models(out, stages, device):
 
 def measure(models, logs, tokenizer, known, unknown, quizzed, rng):
     """Every figure of the report, as report.json holds them."""
-    results = {}
+    results = {"people": {"known": len(known), "unknown": len(unknown)}}
     if "base" in models:
         results["recall"] = measure_recall(models["base"], tokenizer, known, rng)["right"]
         results["recall_unknown"] = measure_recall(models["base"], tokenizer, unknown, rng)["right"]
@@ -229,7 +229,7 @@ def measure(models, logs, tokenizer, known, unknown, quizzed, rng):
         results["reward_accuracy"] = accuracies[-1]
     validations = [r for r in logs.get("ppo", []) if "val_score" in r]
     if len(validations) >= 2:
-        before, after = validations[0], validations[-1]
+        results["ppo_validations"] = before, after = validations[0], validations[-1]
         se = (before["val_score_se"] ** 2 + after["val_score_se"] ** 2) ** 0.5
         results["ppo_score_gain_in_se"] = (after["val_score"] - before["val_score"]) / se if se else 0.0
         results["ppo_kl_below_15"] = float(after["val_kl_ref"] < 15)
@@ -258,13 +258,11 @@ PANELS = [  # stage, title, [(key in the log, name)], unit
 
 def new_figure(rows, columns, height):
     """(figure, axes) 900 pixels wide, as wide as a README is shown."""
-    import matplotlib
+    import matplotlib.figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 8.5, "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False})
-    return plt.subplots(rows, columns, figsize=(9, height), dpi=100, constrained_layout=True)
+    matplotlib.rcParams.update({"font.size": 8.5, "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False})
+    figure = matplotlib.figure.Figure(figsize=(9, height), dpi=100, layout="constrained")
+    return figure, figure.subplots(rows, columns)
 
 
 def save_figure(figure, path):
@@ -280,9 +278,10 @@ def draw_curves(logs, path):
             records = [r for r in logs.get(stage, []) if key in r]
             if records:
                 steps, values = [r["step"] for r in records], [r[key] for r in records]
-                ax.errorbar(steps, values, [r.get(f"{key}_se", 0) for r in records], fmt=style, color=color, markersize=3, label=name)
+                errors = [r.get(f"{key}_se", 0) for r in records]
+                ax.errorbar(steps, values, errors, fmt=style if len(steps) > 2 else "s", color=color, markersize=3, label=name)
         ax.set(title=title, xlabel="iteration" if stage == "ppo" else "optimizer step", ylabel=unit)
-        if logs.get(stage):
+        if ax.has_data():
             ax.legend()
         else:
             ax.text(0.5, 0.5, "no finished run", ha="center", transform=ax.transAxes)
@@ -336,11 +335,12 @@ def same_questions(models, tokenizer, known, unknown, rng):
     return table(["who", "question", "truth"] + [STAGES[s] for s in models], rows)
 
 
-def write_report(results, logs, left_out, samples, episodes, config, n_known, n_unknown):
+def write_report(results, left_out, samples, with_credit, config):
     """report.md's text: for each claim a sentence with its figures, and the tables behind it."""
+    people = results["people"]
     asked = [stage for stage in STAGES if f"{stage}_private" in results]
     text = ["# What each stage did\n"]
-    text.append(f"{n_known} known people ({config.people}, in the pretraining text, in no later stage) and {n_unknown} unknown "
+    text.append(f"{people['known']} known people ({config.people}, in the pretraining text, in no later stage) and {people['unknown']} unknown "
                 f"people (in no text at all); one run, seed {config.seed}. Standard error of a share p over n questions: √(p(1−p)/n).\n")
     text += [line + "\n" for line in left_out]
     if "base" in asked:
@@ -385,13 +385,13 @@ def write_report(results, logs, left_out, samples, episodes, config, n_known, n_
     if "reward_accuracy" in results:
         text.append(f"Held-out preference pairs ordered right: **{percent(results['reward_accuracy'])}**.\n")
     if "ppo_score_gain_in_se" in results:
-        before, *_, after = [r for r in logs["ppo"] if "val_score" in r]
+        before, after = results["ppo_validations"]
         text.append(f"Score of held-out prompts: {before['val_score']:.3f} ± {before['val_score_se']:.3f} before, "
                     f"**{after['val_score']:.3f} ± {after['val_score_se']:.3f}** after PPO, {results['ppo_score_gain_in_se']:.1f} standard errors up. "
                     f"KL to SFT {after['val_kl_ref']:.2f} nats a response; {percent(results['ppo_well_formed'])} of the sampled answers "
                     f"(temperature 1) are well-formed and ended.\n")
     text.append("![loss of the four stages; PPO's score, KL and entropy](curves.png)\n")
-    if episodes:
+    if with_credit:
         text.append("Credit assignment after the last iteration: the score comes at the end, GAE carries it back to the word that earned it. "
                     "A bar is how much better or worse the answer went on than the critic expected before that token.\n")
         text.append("![advantages over the tokens of two answers](credit.png)\n")
@@ -425,7 +425,7 @@ def main():
     (out / "credit.png").unlink(missing_ok=True)  # else an older run's would stay where this one has none
     if episodes:
         draw_credit(episodes, out / "credit.png")
-    report = write_report(results, logs, left_out, samples, episodes, config, len(known), len(unknown))
+    report = write_report(results, left_out, samples, bool(episodes), config)
     common.write_text(out / "report.json", json.dumps(results, indent=1))
     common.write_text(out / "report.md", report)
     join_report(out)
