@@ -291,13 +291,13 @@ def draw_curves(logs, path):
 def draw_credit(episodes, path):
     """PPO's credit over the tokens of two answers, as ppo.py wrote them into its checkpoint."""
     figure, axes = new_figure(1, 2, 3.4)
-    for ax, which, e in zip(axes, ("lowest", "highest"), episodes):
-        x, advantages = range(len(e["tokens"])), e["columns"]["advantage"]
-        ax.bar(x, advantages, color=[BLUE if a > 0 else VERMILION for a in advantages], label="advantage of the token")
+    for ax, color, e in zip(axes, (VERMILION, BLUE), episodes):
+        x = range(len(e["tokens"]))
+        ax.bar(x, e["columns"]["advantage"], width=0.6, color=color, label="advantage of the token")
         ax.plot(x, e["columns"]["value"], "k.--", label="critic's value before it")
         ax.set_xticks(x, e["tokens"], rotation=30, parse_math=False)
         question = e["prompt"].split("<|user|>")[-1].split("<|end|>")[0]
-        ax.set_title(f"{question}\n{which} score of its batch: {e['score']:.2f}", parse_math=False)
+        ax.set_title(f"{question}\nscore of the answer: {e['score']:.2f}", parse_math=False)
         ax.set(xlabel="token of the answer", ylabel="SFT's standard deviations")
         ax.legend()
     save_figure(figure, path)
@@ -392,8 +392,9 @@ def write_report(results, left_out, samples, with_credit, config):
                     f"(temperature 1) are well-formed and ended.\n")
     text.append("![loss of the four stages; PPO's score, KL and entropy](curves.png)\n")
     if with_credit:
-        text.append("Credit assignment after the last iteration: the score comes at the end, GAE carries it back to the word that earned it. "
-                    "A bar is how much better or worse the answer went on than the critic expected before that token.\n")
+        text.append("Credit assignment after the last iteration, in the answers with the most blamed and the most credited token of their batch. "
+                    "The score comes at the end; GAE carries it back to the word that earned it: a bar is how much better or worse than "
+                    "the critic expected before that token.\n")
         text.append("![advantages over the tokens of two answers](credit.png)\n")
     text += ["## The same questions to each stage\n", "Greedy; pretraining continues the question as text, the others answer it in a chat.\n", samples]
     return "\n".join(text)

@@ -344,8 +344,7 @@ def main():
     if n_val:
         log(config.steps, **validate())
     batch = credit(run_step(config.steps)[0], state.beta, config)  # one more rollout, for the report's picture of its credit
-    episodes = [show.credit_table(batch, i, tokenizer) for i in (batch["scores"].argmin(), batch["scores"].argmax())]
-    common.save_checkpoint(config.out, "ppo", policy, tokenizer, config, episodes=episodes)
+    common.save_checkpoint(config.out, "ppo", policy, tokenizer, config, episodes=show.extremes(batch, tokenizer))
 
 
 if __name__ == "__main__":

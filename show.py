@@ -111,6 +111,12 @@ def credit_table(batch, i, tokenizer):
     )
 
 
+def extremes(batch, tokenizer):
+    """The tables of the two episodes in which one token got the most blame, and the most credit, of the batch."""
+    advantages = batch["raw_advantages"]  # (B, T)
+    return [credit_table(batch, i, tokenizer) for i in (advantages.amin(1).argmin(), advantages.amax(1).argmax())]
+
+
 def episodes(step, batch, new_logprobs, tokenizer, config):
     """PPO: the batch's episodes of lowest and highest score, a row a token; new_logprobs (B, T) are those after the update."""
     mask, scores = batch["mask"], batch["scores"]
