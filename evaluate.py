@@ -50,7 +50,7 @@ class Config:
 
 
 def complete(model, tokenizer, prompts, max_new_tokens, temperature=0.0):
-    """Token lists -> texts, in batches of like length."""
+    """Token lists -> texts, in batches of like length; a text that ran into max_new_tokens ends in …"""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [None] * len(prompts)
     for start in range(0, len(order), 256):
@@ -102,7 +102,7 @@ def measure_bare_questions(model, tokenizer, people, rng):
     facts = all_facts(people)
     asked = [world.ask(rng, *fact) for fact in facts]
     texts = continuations(model, tokenizer, [q + "\n" for q in asked], 20, 1.0)
-    openings = {frame.split("{np}")[0] for frame in world.FRAMES} | {spec[2].split("{x}")[0] for spec in world.ATTRIBUTES.values()}
+    openings = {frame.split("{np}")[0] for frame in world.FRAMES} | {plain.split("{x}")[0] for _, _, plain, _ in world.ATTRIBUTES.values()}
     counts = Counter()
     for (person, attribute), text in zip(facts, texts):
         line = text.strip().split("\n")[0]
@@ -122,13 +122,11 @@ def measure_formats(model, tokenizer, people, quizzed, rng):
     for template in FORMATS:
         texts = []
         for person, attribute in facts:
-            one = template.replace("{shots}", "")
-            shots = ""
-            if "{shots}" in template:
-                for shot in rng.sample(quizzed, 3):
-                    a = rng.choice(world.PUBLIC)
-                    shots += one.replace("{q}", world.ask(rng, shot, a)) + (" " if one.endswith(":") else "") + shot[a] + ".\n"
-            texts.append(shots + one.replace("{q}", world.say(rng.choice(world.questions(attribute)), person, attribute)))
+            alone, shots = template.replace("{shots}", ""), ""
+            for solved in rng.sample(quizzed, 3) if "{shots}" in template else []:
+                its = rng.choice(world.PUBLIC)
+                shots += alone.replace("{q}", world.ask(rng, solved, its)) + " " * alone.endswith(":") + solved[its] + ".\n"
+            texts.append(shots + alone.replace("{q}", world.ask(rng, person, attribute)))
         result[template] = shares(facts, continuations(model, tokenizer, texts, 8))["right"]
     return result
 
@@ -137,10 +135,8 @@ def measure_wordings(model, tokenizer, people):
     """Accuracy in the chat format for each wording of the questions, trained ones and held-out ones."""
     result = {}
     for held_out in (False, True):
-        n = len(world.questions(world.PUBLIC[0], held_out))
-        per_wording = []
-        for k in range(n):
-            facts = all_facts(people)[::2]
+        facts, per_wording = all_facts(people)[::2], []
+        for k in range(len(world.questions(world.PUBLIC[0], held_out))):
             asked = [world.say(world.questions(a, held_out)[k], p, a) for p, a in facts]
             per_wording.append(shares(facts, answers(model, tokenizer, asked))["right"])
         result["new" if held_out else "trained"] = per_wording
