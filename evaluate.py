@@ -353,8 +353,8 @@ def write_report(results, left_out, samples, with_credit, config):
                     f"{len(formats)} prompt formats, standard deviation {deviation:.1f} points.\n")
         text.append(table(["format", "right"], [[repr(f)[1:-1].replace("|", "\\|"), percent(v)] for f, v in formats.items()]))
     if "sft" in asked:
-        ranges = [f"from **{percent(min(v))}** to **{percent(max(v))}** over {len(v)} {name} wordings" for name, v in results["wordings"].items()]
-        text.append(f"The SFT model, asked about the same people in the chat format, {' and '.join(ranges)} of the question.\n")
+        ranges = [f"from **{percent(min(v))}** to **{percent(max(v))}** over {len(v)} {name} ones" for name, v in results["wordings"].items()]
+        text.append(f"The SFT model, asked about the same people in a chat, is right, by the question's wording, {' and '.join(ranges)}.\n")
 
     text.append("## 3. SFT draws the knowledge out; 5. RLHF makes the model tell the truth or abstain\n")
     text.append("Answers in the chat format, greedy. New wordings appear in no training data of any stage; with them:\n")
