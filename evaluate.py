@@ -337,7 +337,8 @@ def write_report(results, left_out, samples, with_credit, config):
     asked = [stage for stage in STAGES if f"{stage}_private" in results]
     text = ["# What each stage did\n"]
     text.append(f"{people['known']} known people ({config.people}, in the pretraining text, in no later stage) and {people['unknown']} unknown "
-                f"people (in no text at all); one run, seed {config.seed}. Standard error of a share p over n questions: √(p(1−p)/n).\n")
+                f"people (in no text at all); one run, seed {config.seed}. Standard error of a share p over n questions: √(p(1−p)/n). "
+                "In the last table the base model continues the questions as text, the others answer in a chat.\n")
     text += [line + "\n" for line in left_out]
     if "base" in asked:
         bare, formats = results["bare_questions"], results["formats"]
@@ -392,7 +393,7 @@ def write_report(results, left_out, samples, with_credit, config):
                     "The score comes at the end; GAE carries it back to the word that earned it: a bar is how much better or worse than "
                     "the critic expected before that token.\n")
         text.append("![advantages over the tokens of two answers](credit.png)\n")
-    text += ["## The same questions to each stage\n", "Greedy; pretraining continues the question as text, the others answer it in a chat.\n", samples]
+    text += ["## The same questions to each stage\n", samples]
     return "\n".join(text)
 
 
