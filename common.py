@@ -50,11 +50,12 @@ def parse_config(cls, doc, argv=None):
     values = vars(parser.parse_args(argv))
     config = cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
     for field in dataclasses.fields(cls):
-        value, may_be_0 = getattr(config, field.name), field.default == 0 or field.name == "warmup"
-        if type(value) is int and value < (0 if may_be_0 else 1):
-            die(f"--{field.name} {value}: must be at least {0 if may_be_0 else 1}")
-        if type(value) is float and value != field.default and not (math.isfinite(value) and (value >= 0 or field.default < 0)):
-            die(f"--{field.name} {value}: must be a finite number" + ", not negative" * (field.default >= 0))
+        value, default = getattr(config, field.name), field.default
+        least = 0 if default == 0 or field.name == "warmup" else 1
+        if type(value) is int and value < least:
+            die(f"--{field.name} {value}: must be at least {least}")
+        if type(value) is float and value != default and not (math.isfinite(value) and (value >= 0 or default < 0)):
+            die(f"--{field.name} {value}: must be a finite number" + ", not negative" * (default >= 0))
     return config
 
 
@@ -108,32 +109,28 @@ def make_optimizers(model, lr, muon_lr=0.0, weight_decay=0.1, betas=(0.9, 0.95),
     needs; 3 of its Newton-Schulz steps do as well as the usual 5, for less time. Weight decay applies to matrices
     only. Each group keeps its lr as initial_lr for the schedule.
     """
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() != 2]
-    optimizers = []
+    muon, matrices, vectors, optimizers = [], [], [], []
+    for name, p in model.named_parameters():
+        (vectors if p.dim() != 2 else muon if muon_lr and "blocks." in name else matrices).append(p)
     if muon_lr:
-        hidden = [p for name, p in model.named_parameters() if p.dim() == 2 and "blocks." in name]
-        matrices = [p for p in matrices if all(p is not h for h in hidden)]
-        optimizers.append(torch.optim.Muon(hidden, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw", ns_steps=3))
+        optimizers.append(torch.optim.Muon(muon, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw", ns_steps=3))
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True))
-    for group in all_groups(optimizers):
-        group["initial_lr"] = group["lr"]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
     return optimizers
-
-
-def all_groups(optimizers):
-    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def optimizer_step(model, optimizers, factor, clip=1.0):
     """One clipped step at initial_lr * factor; returns the gradient norm before clipping."""
     parallel.add_gradients(model)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizers[0].grad_norm_sum = getattr(optimizers[0], "grad_norm_sum", 0.0) + grad_norm  # train_steps sees whether it is finite
-    for group in all_groups(optimizers):
-        group["lr"] = group["initial_lr"] * factor
+    # a NaN stays in the sum: loop.train_steps looks at it now and then, so that not every step waits for the GPU
+    optimizers[0].grad_norm_sum = getattr(optimizers[0], "grad_norm_sum", 0.0) + grad_norm
     for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return grad_norm
@@ -276,7 +273,7 @@ def state_paths(out):
     return Path(f"{out}.resume"), Path(f"{out}.resume.previous")
 
 
-def save_checkpoint(path, stage, model, tokenizer, config):
+def save_checkpoint(path, stage, model, tokenizer, config, **made_by):
     """Writes a self-contained checkpoint: weights, model config, tokenizer, and what made it."""
     if parallel.rank:
         return
@@ -286,7 +283,7 @@ def save_checkpoint(path, stage, model, tokenizer, config):
         model_config=dataclasses.asdict(model.config),
         weights=model.state_dict(),
         tokenizer=tokenizer.dumps(),
-        made_by=dict(config=dataclasses.asdict(config), argv=sys.argv, torch=str(torch.__version__)),
+        made_by=dict(config=dataclasses.asdict(config), argv=sys.argv, torch=str(torch.__version__), **made_by),
     )
     with atomic(path) as f:
         torch.save(content, f)

@@ -343,7 +343,8 @@ def main():
             log(step + 1, **figures, **diagnostics, explained_variance=explained_variance, beta=state.beta.item(), **seconds)
     if n_val:
         log(config.steps, **validate())
-    common.save_checkpoint(config.out, "ppo", policy, tokenizer, config)
+    batch = credit(run_step(config.steps)[0], state.beta, config)  # one more rollout, for the report's picture of its credit
+    common.save_checkpoint(config.out, "ppo", policy, tokenizer, config, episodes=show.extremes(batch, tokenizer))
 
 
 if __name__ == "__main__":

@@ -166,8 +166,9 @@ def main():
             print(f"initial loss {parallel.total(sum(losses)).item():.3f}, ln(vocabulary) = {math.log(tokenizer.vocab_size):.3f}")
         last = step + 1 == config.steps
         if last or (step + 1) % config.eval_every == 0:
-            train_loss = parallel.total(torch.stack(losses).sum()).item() / (len(losses) / config.accumulate)
-            speed = len(losses) / config.accumulate * config.batch_size * T / (time.time() - start)
+            n_steps = len(losses) / config.accumulate  # since the last log line; a step's losses add up to its mean
+            train_loss = parallel.total(torch.stack(losses).sum()).item() / n_steps
+            speed = n_steps * config.batch_size * T / (time.time() - start)
             val_loss = validate(model, val, T, device, None if last else 256)
             log(step + 1, train_loss=train_loss, val_loss=val_loss, grad_norm=grad_norm.item(), tokens_per_s=round(speed))
             start, losses = time.time(), []

@@ -90,9 +90,9 @@ def number(x):
     return f"{round(x, 5) + 0.0:11.5f}"  # + 0.0: no minus before a zero
 
 
-def episodes(step, batch, new_logprobs, tokenizer, config):
-    """PPO: the batch's episodes of lowest and highest score, a row a token; new_logprobs (B, T) are those after the update."""
-    mask, scores = batch["mask"], batch["scores"]
+def credit_table(batch, i, tokenizer):
+    """Episode i of a PPO batch: prompt, score, N tokens, and N numbers in each column."""
+    mask = batch["mask"][i]  # (T,)
     columns = {
         "log pi": batch["logprobs"],
         "log ref": batch["ref_logprobs"],
@@ -102,20 +102,36 @@ def episodes(step, batch, new_logprobs, tokenizer, config):
         "advantage": batch["raw_advantages"],
         "return": batch["returns"],
         "whitened": batch["advantages"],
-        "ratio": (new_logprobs - batch["logprobs"]).exp(),
     }  # (B, T) each
-    table = torch.stack(list(columns.values()), -1)  # (B, T, 9)
+    return dict(
+        prompt=tokenizer.decode(batch["tokens"][i, : mask.int().argmax() + 1].tolist()),
+        score=batch["scores"][i].item(),
+        tokens=[spell(t, tokenizer) for t in batch["tokens"][i, 1:][mask].tolist()],
+        columns={name: x[i][mask].tolist() for name, x in columns.items()},
+    )
+
+
+def extremes(batch, tokenizer):
+    """The tables of the two episodes in which one token got the most blame, and the most credit, of the batch."""
+    advantages = batch["raw_advantages"]  # (B, T)
+    return [credit_table(batch, i, tokenizer) for i in (advantages.amin(1).argmin(), advantages.amax(1).argmax())]
+
+
+def episodes(step, batch, new_logprobs, tokenizer, config):
+    """PPO: the batch's episodes of lowest and highest score, a row a token; new_logprobs (B, T) are those after the update."""
+    mask, scores = batch["mask"], batch["scores"]
+    ratio = (new_logprobs - batch["logprobs"]).exp()  # (B, T)
     for which, i in ("lowest", scores.argmin().item()), ("highest", scores.argmax().item()):
-        rows, ids = table[i][mask[i]], batch["tokens"][i, 1:][mask[i]].tolist()  # (N, 9), N
-        names = [spell(t, tokenizer) for t in ids]
-        first = max(map(width, [*names, "token"])) + 1
-        prompt = tokenizer.decode(batch["tokens"][i, : mask[i].int().argmax() + 1].tolist())
-        print(f"\niteration {step + 1}, the {which} score of {len(mask)} episodes: {prompt}")
+        table = credit_table(batch, i, tokenizer)
+        columns = table["columns"] | {"ratio": ratio[i][mask[i]].tolist()}
+        first = max(map(width, [*table["tokens"], "token"])) + 1
+        print(f"\niteration {step + 1}, the {which} score of {len(scores)} episodes: {table['prompt']}")
         print(ljust("token", first) + "".join(f"{name:>11}" for name in columns))
-        for name, row in zip(names, rows.tolist()):
-            print(paint(ljust(name, first) + "".join(map(number, row)), CYAN if row[7] > 0 else YELLOW))
-        print(ljust("sum", first) + "".join(map(number, rows[:, :4].sum(0).tolist())) + f"   score {scores[i]:.5f}")
-    advantages = columns["advantage"][mask]  # (N,) over the batch
+        for token, whitened, *row in zip(table["tokens"], columns["whitened"], *columns.values()):
+            print(paint(ljust(token, first) + "".join(map(number, row)), CYAN if whitened > 0 else YELLOW))
+        sums = [sum(columns[name]) for name in ("log pi", "log ref", "kl", "reward")]
+        print(ljust("sum", first) + "".join(map(number, sums)) + f"   score {table['score']:.5f}")
+    advantages = batch["raw_advantages"][mask]  # (N,) over the batch
     print(
         f"""
 kl = log pi - log ref;  reward = -{config.beta} * kl, and + score at the last token;  return = advantage + value

@@ -138,6 +138,30 @@ def test_ppo_shows_the_very_batches_that_training_uses(flags, tmp_path, capsys, 
         np.testing.assert_allclose([table["mean"], table["std"]], [raw.mean(), raw.std(correction=0)], rtol=0, atol=1e-5)
 
 
+def test_the_checkpoint_keeps_the_episodes_of_the_most_blamed_and_the_most_credited_token(flags, tmp_path, monkeypatch):
+    """Of one more rollout after training; the advantages are those of the double sum over the rewards and values beside them."""
+    real, batches = ppo.credit, []
+    monkeypatch.setattr(ppo, "credit", lambda batch, beta, config: batches.append(batch) or real(batch, beta, config))
+    run(ppo, flags["ppo"] | dict(out=tmp_path / "ppo.pt", seed=3))
+    assert len(batches) == flags["ppo"]["steps"] + 1
+    decay = CREDIT["gamma"] * CREDIT["lam"]
+    rows = []  # (advantages, tokens) of each episode of the last batch
+    for i, mask in enumerate(batches[-1]["mask"]):
+        logprobs, ref, values = (batches[-1][name][i][mask].double().numpy() for name in ("logprobs", "ref_logprobs", "values"))
+        rewards = -CREDIT["beta"] * (logprobs - ref) + np.eye(len(ref))[-1] * batches[-1]["scores"][i].item()
+        deltas = rewards + CREDIT["gamma"] * np.append(values[1:], 0) - values
+        rows.append([(decay ** np.arange(len(deltas) - t) * deltas[t:]).sum() for t in range(len(deltas))])
+    blamed, credited = common.read_torch(tmp_path / "ppo.pt")["made_by"]["episodes"]
+    expected = min(rows, key=min), max(rows, key=max)
+    assert expected[0] != expected[1]
+    for episode, advantages in zip((blamed, credited), expected):
+        np.testing.assert_allclose(episode["columns"]["advantage"], advantages, rtol=0, atol=1e-4)
+        i = rows.index(advantages)
+        mask, tok = batches[-1]["mask"][i], tiny.byte_tokenizer()
+        assert "".join(episode["tokens"]) == "".join(show.spell(t, tok) for t in batches[-1]["tokens"][i, 1:][mask].tolist())
+        assert episode["score"] == batches[-1]["scores"][i].item() and episode["prompt"].endswith("?<|end|><|assistant|>")
+
+
 def test_sfts_carets_mark_exactly_the_tokens_that_train(flags, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "5000")
     out = printed("sft", flags, capsys)
