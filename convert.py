@@ -61,16 +61,9 @@ class Config:
 # ---- theirs -> ours
 
 
-def read_json(path):
-    try:
-        return json.loads(common.read_text(path))
-    except json.JSONDecodeError as e:
-        common.die(f"{path}, line {e.lineno}: not JSON ({e.msg}); download the file again")
-
-
 def read_config(path, block_size=0):
     """The GPTConfig of a config.json; the program ends at what model.py does not compute."""
-    theirs = {key: value for key, value in read_json(path).items() if value is not None}
+    theirs = {key: value for key, value in common.read_json(path).items() if value is not None}
     kind = theirs.get("model_type")
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # transformers 5's name, then 4's
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
@@ -144,7 +137,7 @@ def read_tokenizer(path):
     """(Tokenizer, number of ids the file had) of a tokenizer.json that holds a byte-level BPE."""
     if not path.exists():
         common.die(f"{path}: no such file; transformers' AutoTokenizer writes it with save_pretrained, if the tokenizer is a BPE")
-    content = read_json(path)
+    content = common.read_json(path)
     bpe, normalizer, added = content["model"], content.get("normalizer") or {}, content["added_tokens"]
     pattern = read_pattern(content.get("pre_tokenizer"))
     odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback") if bpe.get(key)]
@@ -181,7 +174,7 @@ def read_tokenizer(path):
 def read_weights(folder):
     """{name: tensor} of model.safetensors, or of the shards that model.safetensors.index.json lists."""
     index, weights = folder / "model.safetensors.index.json", {}
-    shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    shards = sorted(set(common.read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     for shard in shards:
         try:
             weights |= safetensors.torch.load_file(folder / shard)

@@ -170,7 +170,8 @@ def measure_kinds(model, tokenizer, people, rng):
 
 
 def read_log(path):
-    return common.read_jsonl(path, lambda r: None) if path.exists() else []
+    wrong = "not a line of a run's log; remove it"
+    return common.read_jsonl(path, lambda r: None if isinstance(r.get("step"), int) else wrong) if path.exists() else []
 
 
 def draw_curves(logs, path):
@@ -233,7 +234,10 @@ def main():
     role = {r: [p for p in people if p["role"] == r] for r in {p["role"] for p in people}}
     if config.people not in ("test", "dev"):
         common.die(f"--people {config.people}: use test or dev")
-    known, unknown, quizzed = role[config.people], role[f"unknown_{config.people}"], role["quiz"]
+    groups = [role.get(r, []) for r in (config.people, f"unknown_{config.people}", "quiz")]
+    if min(map(len, groups)) < 3:
+        common.die(f"{config.data}: too few people of the roles {config.people}, unknown_{config.people} and quiz; `python -m data.world` writes it")
+    known, unknown, quizzed = groups
     models = {}
     for stage in STAGES:
         if (out / f"{stage}.pt").exists():
@@ -298,7 +302,7 @@ def main():
 
     logs = {stage: read_log(out / f"{stage}.jsonl") for stage in ("base", "sft", "reward", "ppo")}
     text.append("## The reward model and PPO\n")
-    if logs["reward"]:
+    if logs["reward"] and "val_accuracy" in logs["reward"][-1]:
         results["reward_accuracy"] = logs["reward"][-1]["val_accuracy"]
         text.append(f"Held-out preference pairs ordered right: **{percent(results['reward_accuracy'])}**.\n")
     validations = [r for r in logs["ppo"] if "val_score" in r]

@@ -180,7 +180,7 @@ def make(name, texts):
         except OSError:  # what a failed download raises
             common.die("tokenizer gpt2: not in tiktoken's cache and no network; set TIKTOKEN_CACHE_DIR, or use bpe:SIZE")
     kind, _, size = name.partition(":")
-    if kind != "bpe" or not size.isdigit():
+    if kind != "bpe" or not size.isdecimal():
         common.die(f"tokenizer {name!r}: use bpe:SIZE (such as bpe:4096), gpt2 or char")
     return train_bpe(texts, int(size))
 
