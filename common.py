@@ -290,10 +290,17 @@ def state_paths(out):
     return Path(f"{out}.resume"), Path(f"{out}.resume.previous")
 
 
+def not_finite(weights):
+    """The name of a tensor with NaN or infinity in it, or None."""
+    return next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+
+
 def save_checkpoint(path, stage, model, tokenizer, config):
     """Writes a self-contained checkpoint: weights, model config, tokenizer, and what made it."""
     if parallel.rank:
         return
+    if name := not_finite(model.state_dict()):
+        die(f"{path}: not written, {name} is not finite")
     content = dict(
         format=CHECKPOINT_VERSION,
         stage=stage,
@@ -341,8 +348,8 @@ def load_checkpoint(path, stages, model_class, device):
         model.load_state_dict(content["weights"])
     except (RuntimeError, ValueError, TypeError, AttributeError) as e:
         die(f"{path}: weights, model_config and tokenizer do not fit this code or each other ({str(e).splitlines()[-1].strip()})")
-    if broken := [name for name, tensor in content["weights"].items() if not tensor.isfinite().all()]:
-        die(f"{path}: {broken[0]} is not finite: the run that made it diverged; train it again with a lower --lr")
+    if name := not_finite(content["weights"]):
+        die(f"{path}: {name} is not finite: the run that made it diverged; train it again with a lower --lr")
     if tokenizer.vocab_size != model.config.vocab_size:
         die(f"{path}: tokenizer of {tokenizer.vocab_size} ids in a model of {model.config.vocab_size}")
     return model.to(device), tokenizer

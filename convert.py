@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 
 import common
-from data.tokenizer import BPE_PATTERN, BYTES, SPECIAL_TOKENS, Tokenizer
+from data.tokenizer import BPE_PATTERN, BYTES, NORMAL_FORMS, SPECIAL_TOKENS, Tokenizer
 from model import GPT, GPTConfig
 
 # GPT-2 writes each byte as a visible character: the 188 printable ones as they are, the others from U+0100 on.
@@ -59,6 +59,15 @@ class Config:
 
 
 # ---- theirs -> ours
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Around what takes a file of theirs apart: one that is put together otherwise ends the program in one line."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError) as e:
+        common.die(f"{path}: not as transformers writes it ({e!r:.150}); download the file again")
 
 
 def read_config(path, block_size=0):
@@ -141,7 +150,7 @@ def read_tokenizer(path):
     bpe, normalizer, added = content["model"], content.get("normalizer") or {}, content["added_tokens"]
     pattern = read_pattern(content.get("pre_tokenizer"))
     odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback") if bpe.get(key)]
-    if bpe["type"] != "BPE" or odd or not pattern or normalizer.get("type", "NFC") not in ("NFC", "NFD", "NFKC", "NFKD"):
+    if bpe["type"] != "BPE" or odd or not pattern or normalizer.get("type") not in NORMAL_FORMS:
         common.die(f"{path}: not a byte-level BPE with one splitting pattern (as GPT-2, Llama 3, Qwen3 and SmolLM2 have)")
 
     specials = {t["content"]: t["id"] for t in added}
@@ -202,13 +211,19 @@ def from_hf(folder, config):
     """(model, tokenizer) of a Hugging Face folder, in float32."""
     if not (folder / "config.json").exists():
         common.die(f"{folder}: has no config.json; give the folder of a downloaded model")
-    sizes = read_config(folder / "config.json", config.block_size)
-    tokenizer, n_kept = read_tokenizer(folder / "tokenizer.json")
+    with reading(folder / "config.json"):
+        sizes = read_config(folder / "config.json", config.block_size)
+    with reading(folder / "tokenizer.json"):
+        tokenizer, n_kept = read_tokenizer(folder / "tokenizer.json")
     if n_kept > sizes.vocab_size:
         common.die(f"{folder}: the tokenizer has {n_kept} ids, the model {sizes.vocab_size} rows; they are not of one model")
     sizes.vocab_size = tokenizer.vocab_size
-    model, generator = GPT(sizes), torch.Generator().manual_seed(config.seed)
-    weights = read_weights(folder)
+    try:
+        model, generator = GPT(sizes), torch.Generator().manual_seed(config.seed)
+    except (RuntimeError, TypeError) as e:
+        common.die(f"{folder}: no model of these sizes can be made here ({str(e).splitlines()[0]})")
+    with reading(folder / "model.safetensors.index.json"):
+        weights = read_weights(folder)
     if sizes.tied:
         weights.pop("lm_head.weight", None)  # some folders hold the tied matrix twice
     for name, parameter in model.named_parameters():  # names a tied matrix once

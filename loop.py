@@ -43,7 +43,7 @@ def load_state(config, settings, parts):
             for name, part in parts.items():
                 part.load_state_dict(saved["parts"][name])
         step = int(saved["step"])
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
         common.die(f"{path}: no state of this run ({str(e).splitlines()[-1].strip()}); start afresh, without --resume")
     if changed:
         common.die(f"{path}: made with another --{', --'.join(changed)}; resume with the same settings, or start afresh")

@@ -119,11 +119,6 @@ def not_finite(weights):
     return weights
 
 
-def always_the_same(weights):
-    """All logits 0, and to the sampler every token is as likely; their scores differ in nothing."""
-    return {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-
-
 def bad_stream(**files):
     """A folder for pretrain.py in which these files (name without suffix: content, None for no file) are other ones."""
 
@@ -262,7 +257,6 @@ CASES = [  # script, {flag: value, or a file's content}, what the line must say
     (pretrain, dict(n_embd=10**10), "can't allocate memory"),
     *[(pretrain, dict(out=out), "--out .*: must be a file for the checkpoint") for out in ("", ".", "stream", "mine.jsonl")],
     (sft, dict(init=bad_checkpoint(weights=not_finite)), "bad.pt: blocks.0.attn.q_proj.weight is not finite: the run that made it diverged"),
-    (reward, dict(init=bad_checkpoint(weights=always_the_same)), "4 SFT answers of the calibration all score .*, too alike to scale by"),
     (ppo, dict(temperature=1e-40), "--temperature 1e-40: a greedy policy explores nothing"),
     (evaluate, dict(data="one_person.jsonl"), "too few people of the roles test, unknown_test and quiz"),
     (evaluate, dict(data="people.jsonl", out="stream"), "stream: no base.pt, sft.pt or ppo.pt; `make` trains them"),
@@ -315,6 +309,15 @@ def test_a_reward_module_that_cannot_be_imported_is_refused(made, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=f"^error: --reward {module}:f: .*; give a checkpoint or package.module:function$"):
         run(ppo, flags(made, ppo, tmp_path / "out.pt") | dict(reward=f"{module}:f"))
+
+
+def test_answers_that_all_score_the_same_are_nothing_to_scale_by(made, tmp_path):
+    """With all weights 0 every token is as likely as any other, and so is every answer of one length."""
+    init = bad_checkpoint(weights=lambda weights: {name: torch.zeros_like(tensor) for name, tensor in weights.items()})(made, tmp_path)
+    (tmp_path / "out.pt").write_text("precious")
+    with pytest.raises(SystemExit, match="the 4 SFT answers of the calibration all score .*, too alike to scale by"):
+        run(reward, flags(made, reward, tmp_path / "out.pt") | dict(init=init))
+    assert (tmp_path / "out.pt").read_text() == "precious"
 
 
 def test_byte_order_marks_and_windows_line_ends_are_accepted(made, tmp_path):
