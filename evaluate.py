@@ -52,6 +52,9 @@ class Config:
 def complete(model, tokenizer, prompts, max_new_tokens, temperature=0.0):
     """Token lists -> texts, in batches of like length."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if (longest := len(prompts[order[-1]])) + max_new_tokens > model.config.block_size:
+        common.die(f"{longest} tokens of a question + {max_new_tokens} new ones do not fit in the model's {model.config.block_size}; "
+                   "pretrain with a longer --context")  # fmt: skip
     texts = [None] * len(prompts)
     for start in range(0, len(order), 256):
         rows = order[start : start + 256]
@@ -238,12 +241,15 @@ def main():
     if min(map(len, groups)) < 3:
         common.die(f"{config.data}: too few people of the roles {config.people}, unknown_{config.people} and quiz; `python -m data.world` writes it")
     known, unknown, quizzed = groups
-    models = {}
+    models, tokenizers = {}, set()
     for stage in STAGES:
         if (out / f"{stage}.pt").exists():
             models[stage], tokenizer = common.load_checkpoint(out / f"{stage}.pt", [stage], GPT, device)
+            tokenizers.add(tokenizer.dumps())
     if not models:
         common.die(f"{out}: no base.pt, sft.pt or ppo.pt; `make` trains them")
+    if len(tokenizers) > 1:
+        common.die(f"{out}: its checkpoints have different tokenizers; they must come from one base model")
     rng = random.Random(config.seed)
     results, text = {}, ["# What each stage did\n"]
     text.append(f"{len(known)} known people ({config.people}, in the pretraining text, in no later stage) and {len(unknown)} unknown "

@@ -277,10 +277,8 @@ def main():
         common.die(f"--temperature {config.temperature:g}: a greedy policy explores nothing, its log-probabilities overflow; give 0.001 or more")
     ref = copy.deepcopy(policy).requires_grad_(False)
     score, reward_model = load_reward(config.reward, tokenizer, device)
-    if reward_model:
-        critic = copy.deepcopy(reward_model).requires_grad_(True)
-    else:  # a function has no weights to start from: the policy's trunk, values 0
-        critic = RewardModel(policy.config).to(device)
+    critic = copy.deepcopy(reward_model).requires_grad_(True) if reward_model else RewardModel(policy.config).to(device)
+    if not reward_model:  # a function has no weights to start from: the policy's trunk, values 0
         critic.trunk.load_state_dict(policy.state_dict())
         torch.nn.init.zeros_(critic.head.weight)
         torch.nn.init.zeros_(critic.likelihood_weight)

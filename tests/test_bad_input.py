@@ -119,6 +119,12 @@ def not_finite(weights):
     return weights
 
 
+def of_two_runs(made, folder):
+    (folder / "base.pt").write_bytes((made / "base.pt").read_bytes())
+    (folder / "sft.pt").write_bytes((made / "other_sft.pt").read_bytes())
+    return folder
+
+
 def bad_stream(**files):
     """A folder for pretrain.py in which these files (name without suffix: content, None for no file) are other ones."""
 
@@ -259,7 +265,9 @@ CASES = [  # script, {flag: value, or a file's content}, what the line must say
     (sft, dict(init=bad_checkpoint(weights=not_finite)), "bad.pt: blocks.0.attn.q_proj.weight is not finite: the run that made it diverged"),
     (ppo, dict(temperature=1e-40), "--temperature 1e-40: a greedy policy explores nothing"),
     (evaluate, dict(data="one_person.jsonl"), "too few people of the roles test, unknown_test and quiz"),
-    (evaluate, dict(data="people.jsonl", out="stream"), "stream: no base.pt, sft.pt or ppo.pt; `make` trains them"),
+    (evaluate, dict(), "tokens of a question .* do not fit in the model's 32; pretrain with a longer --context"),
+    (evaluate, dict(out=of_two_runs), "its checkpoints have different tokenizers; they must come from one base model"),
+    (evaluate, dict(out="stream"), "stream: no base.pt, sft.pt or ppo.pt; `make` trains them"),
     (tokenizer, dict(tokenizer="bpe:²"), "use bpe:SIZE"),
     (experiments, dict(job="dance"), "--job dance: use best_of, positive, measure"),
     (experiments, dict(), "folder: no seed is measured yet; run without --report"),
