@@ -310,6 +310,18 @@ def test_a_reward_function_that_returns_no_scores_is_refused(made, tmp_path, mon
     assert "\n" not in str(error.value)
 
 
+def test_an_iteration_of_one_episode_and_one_held_out_prompt_has_no_standard_error_but_runs(made, tmp_path):
+    run(ppo, flags(made, ppo, tmp_path / "out.pt") | dict(batch_size=1, minibatch_size=1, val_prompts=1))
+    assert (tmp_path / "out.pt").exists()
+
+
+def test_a_policy_that_diverges_in_the_last_update_is_not_written(made, tmp_path):
+    last = dict(steps=1, epochs=1, batch_size=4, minibatch_size=4, val_prompts=4, lr=3e38)  # finite weights whose products are not
+    with pytest.raises(SystemExit, match="^error: step 1: logits of the next token not finite, on .*; no state was saved yet: "):
+        run(ppo, flags(made, ppo, tmp_path / "out.pt") | last)
+    assert not (tmp_path / "out.pt").exists()
+
+
 @pytest.mark.parametrize("source", ["def f(:", "1 / 0", "import no_such_module", "g = 1"])
 def test_a_reward_module_that_cannot_be_imported_is_refused(made, tmp_path, monkeypatch, source):
     module = f"module_{abs(hash(source))}"
