@@ -6,6 +6,7 @@
 
 import itertools
 import json
+import math
 import signal
 import statistics
 import subprocess
@@ -54,7 +55,7 @@ def report(title, samples, columns=lambda start, end: {}):
     """Prints a row for each sixth of the time; returns the largest memory of the last row over that of the second."""
     total, largest, rows = samples[-1][0], [], []
     for start, end in itertools.pairwise(np.linspace(0, total, ROWS + 1)):
-        largest.append(max(mb for t, mb in samples if start <= t <= end))
+        largest.append(max((mb for t, mb in samples if start <= t <= end), default=math.nan))
         rows.append({"minutes": f"{start / 60:.1f} to {end / 60:.1f}", "largest RSS, MB": f"{largest[-1]:.1f}"} | columns(start, end))
     slope, _ = np.polyfit(*zip(*[(t / 3600, mb) for t, mb in samples if t >= total / ROWS]), 1)
     print(f"\n{title}\n\n{evaluate.table(list(rows[0]), [list(row.values()) for row in rows])}\nslope without the first row: {slope:+.2f} MB an hour")
@@ -93,6 +94,8 @@ def run_chat(config, folder):
     with open(folder / "questions.txt") as asked, open(folder / "answers.txt", "w") as answers, open(folder / "notices.txt", "w") as notices:
         command = [sys.executable, "chat.py", "--model", config.init, "--device", "cpu"]
         process = subprocess.Popen(command, stdin=asked, stdout=answers, stderr=notices)
+        while process.poll() is None and not (folder / "answers.txt").stat().st_size:  # past the start
+            time.sleep(0.1)
         samples = watch(process, float("inf"))
     n = (folder / "answers.txt").read_text(encoding="utf-8").count("\n")
     if process.returncode or n < config.turns:
