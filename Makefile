@@ -2,7 +2,7 @@
 # make test         set up, then the tests
 # make experiments  every claim with its control on three seeds, about an hour on 2 cores; goes on where it was interrupted
 # make bench        speed against what users would pick instead, and how cost grows: out/bench.md; BENCH=--help lists its flags
-# make test-faults  set up, then what takes longer: 20 kills a stage, and damaged files for 5 minutes
+# make test-faults  set up, then what takes longer: 20 kills a stage, and damaged files for 5 minutes (FUZZ_SECONDS=300)
 # make clean        remove out/ and the default world; the virtual environment stays
 # make CHECK=--check   the same as make, and fails where a figure of the report is below its floor
 # Each stage reruns only when its script, the code it uses or its input changed.

@@ -138,6 +138,8 @@ def main():
         device = common.setup(config)
     chats = [Chat(path, device) for path in config.compare or [config.model]]
     torch.manual_seed(config.seed)
+    if not sys.stdin or not sys.stdout:  # closed by `<&-` or `>&-`
+        common.die("there is nowhere to read questions from or to write answers to; give it a terminal, a pipe or a file")
     raw, interactive = False, sys.stdin.isatty()
     sys.stdin.reconfigure(errors="replace")
     if interactive:
@@ -146,6 +148,8 @@ def main():
         print("/help lists the commands")
     else:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nobody is there to go on after a stopped answer
+        if hasattr(signal, "SIGPIPE"):  # not on Windows
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nor after `| head` has read enough
     while True:
         try:
             line = input("" if not interactive else "continue> " if raw else "you> ")

@@ -22,7 +22,8 @@ CHECKPOINT_VERSION = 1
 
 def die(message):
     """Ends the program with one line on stderr and exit code 1; with --debug, in a traceback."""
-    raise (RuntimeError if "--debug" in sys.argv else SystemExit)(f"error: {message}")
+    line = " ".join(str(message).splitlines())  # names of files and others' messages may hold several
+    raise (RuntimeError if "--debug" in sys.argv else SystemExit)(f"error: {line}")
 
 
 # ---- flags
@@ -52,8 +53,8 @@ def parse_config(cls, doc, argv=None):
     for field in dataclasses.fields(cls):
         value, default = getattr(config, field.name), field.default
         least = 0 if default == 0 or field.name == "warmup" else 1
-        if type(value) is int and value < least:
-            die(f"--{field.name} {value}: must be at least {least}")
+        if type(value) is int and not least <= value <= 10**12:  # torch's seeds end at 2**64
+            die(f"--{field.name} {value}: must be at least {least}, and at most 10**12")
         if type(value) is float and value != default and not (math.isfinite(value) and (value >= 0 or default < 0)):
             die(f"--{field.name} {value}: must be a finite number" + ", not negative" * (default >= 0))
     return config
@@ -189,6 +190,19 @@ def read_text(path):
         die(f"{path}: is a folder, not a file")
     except UnicodeDecodeError as e:
         die(f"{path}: not UTF-8 at byte {e.start}; convert it, for example with iconv")
+    except (OSError, ValueError) as e:  # a file where a folder should be, no permission, a name that no file can have
+        die(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); check the path")
+
+
+def read_json(path, remedy="download the file again"):
+    """The object in a .json file."""
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as e:
+        die(f"{path}: not JSON ({e}); {remedy}")
+    if not isinstance(content, dict):
+        die(f"{path}: not a JSON object; {remedy}")
+    return content
 
 
 @contextlib.contextmanager
@@ -273,10 +287,17 @@ def state_paths(out):
     return Path(f"{out}.resume"), Path(f"{out}.resume.previous")
 
 
+def not_finite(weights):
+    """The name of a tensor with NaN or infinity in it, or None."""
+    return next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+
+
 def save_checkpoint(path, stage, model, tokenizer, config, **made_by):
     """Writes a self-contained checkpoint: weights, model config, tokenizer, and what made it."""
     if parallel.rank:
         return
+    if name := not_finite(model.state_dict()):
+        die(f"{path}: not written, {name} is not finite")
     content = dict(
         format=CHECKPOINT_VERSION,
         stage=stage,
@@ -324,6 +345,8 @@ def load_checkpoint(path, stages, model_class, device):
         model.load_state_dict(content["weights"])
     except (RuntimeError, ValueError, TypeError, AttributeError) as e:
         die(f"{path}: weights, model_config and tokenizer do not fit this code or each other ({str(e).splitlines()[-1].strip()})")
+    if name := not_finite(content["weights"]):
+        die(f"{path}: {name} is not finite: the run that made it diverged; train it again with a lower --lr")
     if tokenizer.vocab_size != model.config.vocab_size:
         die(f"{path}: tokenizer of {tokenizer.vocab_size} ids in a model of {model.config.vocab_size}")
     return model.to(device), tokenizer

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 
 import common
-from data.tokenizer import BPE_PATTERN, BYTES, SPECIAL_TOKENS, Tokenizer
+from data.tokenizer import BPE_PATTERN, BYTES, NORMAL_FORMS, SPECIAL_TOKENS, Tokenizer
 from model import GPT, GPTConfig
 
 # GPT-2 writes each byte as a visible character: the 188 printable ones as they are, the others from U+0100 on.
@@ -61,16 +61,18 @@ class Config:
 # ---- theirs -> ours
 
 
-def read_json(path):
+@contextlib.contextmanager
+def reading(path):
+    """Around what takes a file of theirs apart: one that is put together otherwise ends the program in one line."""
     try:
-        return json.loads(common.read_text(path))
-    except json.JSONDecodeError as e:
-        common.die(f"{path}, line {e.lineno}: not JSON ({e.msg}); download the file again")
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError) as e:
+        common.die(f"{path}: not as transformers writes it ({e!r:.150}); download the file again")
 
 
 def read_config(path, block_size=0):
     """The GPTConfig of a config.json; the program ends at what model.py does not compute."""
-    theirs = {key: value for key, value in read_json(path).items() if value is not None}
+    theirs = {key: value for key, value in common.read_json(path).items() if value is not None}
     kind = theirs.get("model_type")
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # transformers 5's name, then 4's
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
@@ -144,11 +146,11 @@ def read_tokenizer(path):
     """(Tokenizer, number of ids the file had) of a tokenizer.json that holds a byte-level BPE."""
     if not path.exists():
         common.die(f"{path}: no such file; transformers' AutoTokenizer writes it with save_pretrained, if the tokenizer is a BPE")
-    content = read_json(path)
+    content = common.read_json(path)
     bpe, normalizer, added = content["model"], content.get("normalizer") or {}, content["added_tokens"]
     pattern = read_pattern(content.get("pre_tokenizer"))
     odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback") if bpe.get(key)]
-    if bpe["type"] != "BPE" or odd or not pattern or normalizer.get("type", "NFC") not in ("NFC", "NFD", "NFKC", "NFKD"):
+    if bpe["type"] != "BPE" or odd or not pattern or normalizer.get("type") not in NORMAL_FORMS:
         common.die(f"{path}: not a byte-level BPE with one splitting pattern (as GPT-2, Llama 3, Qwen3 and SmolLM2 have)")
 
     specials = {t["content"]: t["id"] for t in added}
@@ -181,7 +183,7 @@ def read_tokenizer(path):
 def read_weights(folder):
     """{name: tensor} of model.safetensors, or of the shards that model.safetensors.index.json lists."""
     index, weights = folder / "model.safetensors.index.json", {}
-    shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    shards = sorted(set(common.read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     for shard in shards:
         try:
             weights |= safetensors.torch.load_file(folder / shard)
@@ -209,13 +211,19 @@ def from_hf(folder, config):
     """(model, tokenizer) of a Hugging Face folder, in float32."""
     if not (folder / "config.json").exists():
         common.die(f"{folder}: has no config.json; give the folder of a downloaded model")
-    sizes = read_config(folder / "config.json", config.block_size)
-    tokenizer, n_kept = read_tokenizer(folder / "tokenizer.json")
+    with reading(folder / "config.json"):
+        sizes = read_config(folder / "config.json", config.block_size)
+    with reading(folder / "tokenizer.json"):
+        tokenizer, n_kept = read_tokenizer(folder / "tokenizer.json")
     if n_kept > sizes.vocab_size:
         common.die(f"{folder}: the tokenizer has {n_kept} ids, the model {sizes.vocab_size} rows; they are not of one model")
     sizes.vocab_size = tokenizer.vocab_size
-    model, generator = GPT(sizes), torch.Generator().manual_seed(config.seed)
-    weights = read_weights(folder)
+    try:
+        model, generator = GPT(sizes), torch.Generator().manual_seed(config.seed)
+    except (RuntimeError, TypeError) as e:
+        common.die(f"{folder}: no model of these sizes can be made here ({str(e).splitlines()[0]})")
+    with reading(folder / "model.safetensors.index.json"):
+        weights = read_weights(folder)
     if sizes.tied:
         weights.pop("lm_head.weight", None)  # some folders hold the tied matrix twice
     for name, parameter in model.named_parameters():  # names a tied matrix once

@@ -52,6 +52,9 @@ class Config:
 def complete(model, tokenizer, prompts, max_new_tokens, temperature=0.0):
     """Token lists -> texts, in batches of like length; a text that ran into max_new_tokens ends in …"""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if (longest := len(prompts[order[-1]])) + max_new_tokens > model.config.block_size:
+        common.die(f"{longest} tokens of a question + {max_new_tokens} new ones do not fit in the model's {model.config.block_size}; "
+                   "pretrain with a longer --context")  # fmt: skip
     texts = [None] * len(prompts)
     for start in range(0, len(order), 256):
         rows = order[start : start + 256]
@@ -181,7 +184,8 @@ def find_stages(out):
             continue
         newest, logs[stage] = made, []
         if 0 < logged <= made:
-            logs[stage] = common.read_jsonl(log, lambda r: None)
+            wrong = "not a line of a run's log; remove it"
+            logs[stage] = common.read_jsonl(log, lambda r: None if isinstance(r.get("step"), int) else wrong)
         else:
             left_out.append(f"Without curves of {title}: {log} is {'of a run that has not ended' if logged else 'missing'}.")
     return logs, left_out
@@ -412,7 +416,9 @@ def main():
     role = {r: [p for p in people if p["role"] == r] for r in {p["role"] for p in people}}
     if config.people not in ("test", "dev"):
         common.die(f"--people {config.people}: use test or dev")
-    known, unknown, quizzed = role[config.people], role[f"unknown_{config.people}"], role["quiz"]
+    known, unknown, quizzed = (role.get(r, []) for r in (config.people, f"unknown_{config.people}", "quiz"))
+    if min(map(len, (known, unknown, quizzed))) < 3:
+        common.die(f"{config.data}: too few people of the roles {config.people}, unknown_{config.people} and quiz; `python -m data.world` writes it")
     logs, left_out = find_stages(out)
     models, tokenizer = load_models(out, logs, device)
     results = measure(models, logs, tokenizer, known, unknown, quizzed, rng)

@@ -4,7 +4,8 @@
     python experiments.py --report         # only the tables, from what is measured so far
 
 Each seed has a folder, out/experiments/<seed>, in which the stages run. A job is done when its file is there, so an
-interrupted run goes on where it was; remove a file, and its job runs again.
+interrupted run goes on where it was; remove a file, and its job runs again. A <file>.resume that is damaged ends the run;
+remove it, and that job starts afresh.
 """
 
 import concurrent.futures
@@ -42,6 +43,7 @@ class Config:
     seeds: int = 3  # how many
     workers: int = 2  # jobs at a time, each on one thread
     report: bool = False  # run nothing, write the tables
+    resume: str = ""  # a worker's, whose job was interrupted
     job: str = ""  # what a worker does in its seed's folder: best_of, positive or measure
     device: str = "auto"  # auto, cpu, cuda or mps
     seed: int = 0  # a worker's
@@ -114,8 +116,15 @@ def run_job(folder, target, command, seed):
     with open(log, "w") as f:
         status = subprocess.run([sys.executable] + words, cwd=folder, env=environment, stdout=f, stderr=f).returncode
     if status or not (folder / target).exists():
-        common.die(f"{command} (seed {seed}) failed: see {log}")
+        *_, last = ["it wrote nothing", *log.read_text(errors="replace").split("\n")[:-1]]
+        common.die(f"{command} (seed {seed}) failed: {last}; see {log}")
     return time.time() - start
+
+
+def read_times(out):
+    """What each job done so far took: [{"seed", "target", "seconds"}]."""
+    path = Path(out) / "times.jsonl"
+    return common.read_jsonl(path, lambda r: None if "seconds" in r else "no time of a job; remove the line") if path.exists() else []
 
 
 def run_jobs(config):
@@ -129,7 +138,7 @@ def run_jobs(config):
             needs = {word for word in command.split() if word in made and word != target} | set(after)
             if not (folder / target).exists():
                 waiting.append((seed, folder, target, command, needs))
-    total, running = len(waiting), {}
+    total, running, times = len(waiting), {}, read_times(config.out)
     with concurrent.futures.ThreadPoolExecutor(config.workers) as pool:
         while waiting or running:
             for job in list(waiting):
@@ -144,8 +153,8 @@ def run_jobs(config):
                 except SystemExit:
                     waiting.clear()  # what runs may end, nothing new begins
                     raise
-                with open(Path(config.out) / "times.jsonl", "a") as f:
-                    f.write(json.dumps({"seed": seed, "target": target, "seconds": round(seconds, 1)}) + "\n")
+                times.append({"seed": seed, "target": target, "seconds": round(seconds, 1)})
+                common.write_jsonl(Path(config.out) / "times.jsonl", times)
                 print(f"{total - len(waiting) - len(running)} of {total}: seed {seed} {target}, {seconds:.0f} s", flush=True)
 
 
@@ -220,8 +229,9 @@ def positive(config):
     tokens = [conversation.render_prompt(r["messages"], tokenizer) for r in prompts]
     zero = scores(reward_model, tokens, [tokenizer.encode(world.IDK) + [tokenizer.end]] * len(tokens)).mean().item()
     command = f"ppo.py --init out/sft.pt --reward out/reward.pt --out out/ppo_positive.pt --steps {PPO_STEPS} --lr 1e-4 --min_score={zero:.3f} --seed {config.seed}"
+    command += " --resume" * bool(config.resume)
     print(command, flush=True)
-    subprocess.run([sys.executable, str(ROOT / command.split()[0])] + command.split()[1:], check=True)
+    sys.exit(subprocess.run([sys.executable, str(ROOT / command.split()[0])] + command.split()[1:]).returncode)
 
 
 def measure_model(model, tokenizer, role, seed):
@@ -519,10 +529,10 @@ def draw(seeds, path):
 def report(config):
     """out/experiments.md and .png; the report takes them over."""
     folders = [Path(config.out) / str(seed) for seed in range(config.seeds)]
-    seeds = [json.loads(common.read_text(folder / "out/figures.json")) for folder in folders if (folder / "out/figures.json").exists()]
+    seeds = [common.read_json(folder / "out/figures.json", "remove it, and it is measured again") for folder in folders if (folder / "out/figures.json").exists()]
     if not seeds:
         common.die(f"{config.out}: no seed is measured yet; run without --report")
-    hours = [json.loads(line)["seconds"] / 3600 for line in common.read_text(Path(config.out) / "times.jsonl").splitlines()]
+    hours = [job["seconds"] / 3600 for job in read_times(config.out)]
     pm = lambda *keys: shown(over_seeds(seeds, lambda f: dig(f, *keys)))  # noqa: E731
     text = ["# The experiments\n"]
     text.append(f"{len(seeds)} seeds, each with a world, a base model and all later stages of its own: mean ± standard error over the seeds, "
@@ -572,11 +582,16 @@ def report(config):
 def main():
     config = common.parse_config(Config, __doc__)
     if config.job:
+        workers = {"best_of": best_of, "positive": positive, "measure": measure}
+        if config.job not in workers:
+            common.die(f"--job {config.job}: use {', '.join(workers)}")
         common.setup(config)
-        {"best_of": best_of, "positive": positive, "measure": measure}[config.job](config)
-        return
+        return workers[config.job](config)
     if not config.report:
-        run_jobs(config)
+        try:
+            run_jobs(config)
+        except KeyboardInterrupt:
+            common.die("stopped; the same command goes on from here")
     report(config)
 
 

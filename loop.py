@@ -42,12 +42,13 @@ def load_state(config, settings, parts):
         if not changed:
             for name, part in parts.items():
                 part.load_state_dict(saved["parts"][name])
-    except (RuntimeError, ValueError, TypeError, KeyError) as e:
+        step = int(saved["step"])
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
         common.die(f"{path}: no state of this run ({str(e).splitlines()[-1].strip()}); start afresh, without --resume")
     if changed:
         common.die(f"{path}: made with another --{', --'.join(changed)}; resume with the same settings, or start afresh")
-    print(f"resumed at step {saved['step']} from {path}")
-    return saved["step"]
+    print(f"resumed at step {step} from {path}")
+    return step
 
 
 def train_steps(config, steps, parts, log):
@@ -101,7 +102,9 @@ class Log:
     """
 
     def __init__(self, out, source):
-        self.path, self.source, self.start = Path(out).with_suffix(".jsonl"), source, time.time()
+        if not Path(out).name or os.path.isdir(out) or Path(out).suffix == ".jsonl":
+            common.die(f"--out {out}: must be a file for the checkpoint, such as out/mine.pt; the log goes beside it, to mine.jsonl")
+        self.path, self.source, self.start, self.saved = Path(out).with_suffix(".jsonl"), source, time.time(), 0
 
     def open(self, saved):
         """Locks the file until this process ends, however it does, and cuts it after the step that was saved."""

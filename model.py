@@ -259,7 +259,7 @@ def last_true(mask):
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, rand=torch.rand):
     """One id a row from logits (B, V): (B,)."""
-    if temperature == 0:
+    if temperature < 1e-6:  # 0, or so near it that the division would overflow
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k:
@@ -268,7 +268,8 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, rand=tor
     if top_p < 1:  # keep the smallest set whose probability reaches top_p (arXiv 1904.09751)
         sorted_logits, order = logits.sort(descending=True)  # (B, V)
         probs = sorted_logits.softmax(-1)
-        outside = probs.cumsum(-1) - probs >= top_p  # the mass before a token: the first token always stays
+        outside = probs.cumsum(-1) - probs >= top_p  # the mass before a token
+        outside[:, 0] = False  # the first token stays, also with top_p 0
         logits = logits.masked_fill(outside.gather(-1, order.argsort(-1)), -torch.inf)
     # one random number a row, found in the cumulative distribution; torch.multinomial draws one for each of the V ids,
     # a quarter of generation's time

@@ -12,7 +12,6 @@ logprobs[:, t] = log pi(tokens[:, t+1] | tokens[:, :t+1]), values[:, t] = V(toke
 True where token t+1 is part of the response, its end token included. tokens itself is (B, T+1).
 """
 
-import contextlib
 import copy
 import importlib
 import math
@@ -170,16 +169,18 @@ def load_reward(name, tokenizer, device):
         sys.path.insert(0, "")  # the user's own file in the current folder
         try:
             function = getattr(importlib.import_module(module), function_name)
-        except (ImportError, AttributeError) as e:
-            common.die(f"--reward {name}: {e}; give a checkpoint or package.module:function")
+        except Exception as e:  # the user's own code may raise anything, here and when called
+            common.die(f"--reward {name}: {e!r:.200}; give a checkpoint or package.module:function")
 
         def score(tokens, mask, prompts, responses):
-            returned = function(prompts, responses)
-            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            try:
+                returned = function(prompts, responses)
                 scores = torch.tensor(returned, dtype=torch.float32, device=device)  # (B,)
-                if len(scores) == len(prompts) and scores.dim() == 1 and scores.isfinite().all():
-                    return scores
-            common.die(f"--reward {name}: returned {str(returned)[:100]}; needed: {len(prompts)} finite floats, one a response")
+                if scores.shape != (len(prompts),) or not scores.isfinite().all():
+                    raise ValueError(f"it returned {returned}")
+            except Exception as e:
+                common.die(f"--reward {name}: {e!r:.200}; needed: {len(prompts)} finite floats, one a response; --debug shows where")
+            return scores
 
         return score, None
     model, reward_tokenizer = common.load_checkpoint(name, ["reward"], RewardModel, device)
@@ -215,7 +216,7 @@ def rollout(policy, ref, critic, score, prompts, texts, tokenizer, config):
     scores = scores.where(ended, config.no_end_score).clamp(min=config.min_score)
     figures = dict(
         score=scores.mean().item(),
-        score_se=(scores.std() / len(scores) ** 0.5).item(),
+        score_se=(scores.var(correction=0) / max(len(scores) - 1, 1)).sqrt().item(),  # 0 for a single one
         kl_ref=(logprobs - ref_logprobs).sum(1).mean().item(),  # nats a response, from the reference
         entropy=parallel.total(entropy * (mine[1].sum() / mask.sum())).item(),  # nats a token
         length=mask.sum(1).float().mean().item(),
@@ -272,14 +273,12 @@ def main():
     config = common.parse_config(Config, __doc__)
     device = common.setup(config)
     policy, tokenizer = common.load_checkpoint(config.init, ["base", "sft", "ppo"], GPT, device)
-    if not config.temperature:
-        common.die("--temperature 0: a greedy policy explores nothing and has no log-probabilities; give more than 0")
+    if config.temperature < 1e-3:
+        common.die(f"--temperature {config.temperature:g}: a greedy policy explores nothing, its log-probabilities overflow; give 0.001 or more")
     ref = copy.deepcopy(policy).requires_grad_(False)
     score, reward_model = load_reward(config.reward, tokenizer, device)
-    if reward_model:
-        critic = copy.deepcopy(reward_model).requires_grad_(True)
-    else:  # a function has no weights to start from: the policy's trunk, values 0
-        critic = RewardModel(policy.config).to(device)
+    critic = copy.deepcopy(reward_model).requires_grad_(True) if reward_model else RewardModel(policy.config).to(device)
+    if not reward_model:  # a function has no weights to start from: the policy's trunk, values 0
         critic.trunk.load_state_dict(policy.state_dict())
         torch.nn.init.zeros_(critic.head.weight)
         torch.nn.init.zeros_(critic.likelihood_weight)
@@ -295,18 +294,22 @@ def main():
     # Adam's usual second beta here: rewards are noisier than next-token losses
     optimizers = [common.make_optimizers(m, config.lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-5)[0] for m in (policy, critic)]
     print(f"{policy.n_params():,} parameters in the policy, {len(train):,} + {n_val} prompts, {config.batch_size} episodes a step")
+    log = loop.Log(config.out, lambda step: f"{config.data}, lines {sorted(lines[train[i]] for i in batches[step])}")
 
-    def run(rows):
-        return rollout(policy, ref, critic, score, [prompts[i] for i in rows], [texts[i] for i in rows], tokenizer, config)
+    def run(rows, step):
+        try:
+            return rollout(policy, ref, critic, score, [prompts[i] for i in rows], [texts[i] for i in rows], tokenizer, config)
+        except FloatingPointError as e:
+            log.stop(step, e)
 
     def run_step(step):
         torch.manual_seed(config.seed * 1_000_003 + step + 1)  # every random draw of an iteration follows from seed and step
-        return run([train[i] for i in batches[step]])
+        return run([train[i] for i in batches[step]], step + 1)
 
-    def validate():
-        """Score and KL on the held-out prompts, with the same random draws each time."""
+    def validate(step):
+        """Logs score and KL on the held-out prompts, with the same random draws each time."""
         torch.manual_seed(config.seed)
-        return {f"val_{name}": value for name, value in run(val)[1].items()}
+        log(step, **{f"val_{name}": value for name, value in run(val, step)[1].items()})
 
     if config.show:
         for step in range(2):  # in the first iteration the policy is still its own reference, and every kl 0
@@ -317,17 +320,13 @@ def main():
             show.episodes(step, batch, new_logprobs, tokenizer, config)
         return
 
-    log = loop.Log(config.out, lambda step: f"{config.data}, lines {sorted(lines[train[i]] for i in batches[step])}")
     state = torch.nn.Module()  # what changes during the run beside the networks, in a form that can be saved
     state.register_buffer("beta", torch.tensor(config.beta, dtype=torch.float64))
     parts = dict(policy=policy, critic=critic, policy_optimizer=optimizers[0], critic_optimizer=optimizers[1], state=state)
     for step in loop.train_steps(config, config.steps, parts, log):
         if step == 0 and n_val:
-            log(0, **validate())
-        try:
-            batch, figures, (generate_s, score_s) = run_step(step)
-        except FloatingPointError as e:
-            log.stop(step + 1, e)
+            validate(0)
+        batch, figures, (generate_s, score_s) = run_step(step)
         start = time.time()
         batch = credit(batch, state.beta, config)
         diagnostics = update(policy, critic, optimizers, batch, common.lr_factor(step, config.steps, 0), config)
@@ -342,7 +341,7 @@ def main():
             seconds["episodes_per_s"] = config.batch_size / sum(seconds.values())
             log(step + 1, **figures, **diagnostics, explained_variance=explained_variance, beta=state.beta.item(), **seconds)
     if n_val:
-        log(config.steps, **validate())
+        validate(config.steps)
     batch = credit(run_step(config.steps)[0], state.beta, config)  # one more rollout, for the report's picture of its credit
     common.save_checkpoint(config.out, "ppo", policy, tokenizer, config, episodes=show.extremes(batch, tokenizer))
 

@@ -135,10 +135,9 @@ def main():
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "qk_norm")}
     try:
         context = 8 * math.ceil(max(T, config.context) / 8)  # later stages pad their batches to multiples of 8
-        model_config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=context, **sizes)
-    except ValueError as e:
-        common.die(e)
-    model = GPT(model_config).to(device)
+        model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=context, **sizes)).to(device)
+    except (ValueError, RuntimeError) as e:  # RuntimeError: no memory for so large a model
+        common.die(str(e).splitlines()[0])
     if config.compile:
         model.compile()
     optimizers = common.make_optimizers(model, config.lr, config.muon_lr, config.weight_decay)

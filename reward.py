@@ -185,6 +185,9 @@ def calibrate(model, sft, prompts, tokenizer, config):
             examples = [(p + a, [0] * len(p) + [1] * len(a)) for p, a in zip(batch, answers)]
             scores.append(model.score(*collate(examples, tokenizer.pad, sft.device)))
     scores = torch.cat(scores)  # (N,)
+    if not scores.std() > 1e-3:  # what rounding alone makes of equal ones
+        common.die(f"the {len(scores)} SFT answers of the calibration all score {scores[0]:.4g}, too alike to scale by; make them differ: "
+                   "a larger --calibration, other prompts, an --init that does not always say the same")  # fmt: skip
     model.head.bias -= scores.mean()
     for parameter in (model.head.weight, model.head.bias, model.likelihood_weight):
         parameter /= scores.std()

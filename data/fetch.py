@@ -24,7 +24,6 @@ import json
 import os
 import re
 import urllib.error
-import urllib.parse
 import urllib.request
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -253,7 +252,7 @@ def get_source(args):
     if args.path:
         return args.path
     url, sha256 = SOURCES[args.kind].get(args.name, (args.url, None))
-    file_name = Path(urllib.parse.urlsplit(url).path).name
+    file_name = url.partition("?")[0].partition("#")[0].rpartition("/")[2]
     if not file_name.removesuffix(".gz").endswith(stream.ENDINGS):
         common.die(f"{url}: must end in {', '.join(stream.ENDINGS)} or one of these with .gz, or use --from")
     path = args.out / (args.name + "".join(Path(file_name).suffixes) if args.name else file_name)

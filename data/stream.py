@@ -68,7 +68,7 @@ def import_parquet(path):
 def parse_json(where, text):
     try:
         return json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         common.die(f"{where}: not JSON in UTF-8 ({e}); {LAYOUT}")
 
 

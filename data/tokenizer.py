@@ -29,6 +29,7 @@ import common
 BPE_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 CHAR_PATTERN = r"(?s:.)"
 SPECIAL_TOKENS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|pad|>")
+NORMAL_FORMS = (None, "NFC", "NFD", "NFKC", "NFKD")
 # GPT-2's order of the 256 bytes, printable ones first. Ids break ties between equally frequent pairs, so
 # with this order the merges equal those of the `tokenizers` library.
 BYTES = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
@@ -82,11 +83,16 @@ class Tokenizer:
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except (ValueError, KeyError, TypeError):
                 common.die(f"{source}, line {number}: not `base64(token) rank`; write the file with data/tokenizer.py")
-        specials = foreign["special_tokens"] if foreign else {}
-        ids = sorted([*ranks.values(), *specials.values()])
-        if ids != list(range(len(ids))) or not ranks or (foreign and not specials.keys() >= set(SPECIAL_TOKENS)):
-            common.die(f"{source}: ids are not 0 .. {len(ids) - 1}, the special tokens among them; write the file with data/tokenizer.py")
-        return cls(ranks, foreign)
+        try:
+            specials = foreign["special_tokens"] if foreign else {}
+            ids = sorted([*ranks.values(), *specials.values()])
+            if ids != list(range(len(ids))) or not ranks or (foreign and not specials.keys() >= set(SPECIAL_TOKENS)):
+                common.die(f"{source}: ids are not 0 .. {len(ids) - 1}, the special tokens among them; write the file with data/tokenizer.py")
+            if foreign and not (specials.keys() >= set(foreign["text_tokens"]) and foreign["normal_form"] in NORMAL_FORMS):
+                raise ValueError("text_tokens or normal_form")
+            return cls(ranks, foreign)
+        except (ValueError, TypeError, AttributeError) as e:
+            common.die(f"{source}, line 1: rules that are none ({e}); write the file with convert.py")
 
 
 def load(path):
@@ -180,7 +186,7 @@ def make(name, texts):
         except OSError:  # what a failed download raises
             common.die("tokenizer gpt2: not in tiktoken's cache and no network; set TIKTOKEN_CACHE_DIR, or use bpe:SIZE")
     kind, _, size = name.partition(":")
-    if kind != "bpe" or not size.isdigit():
+    if kind != "bpe" or not size.isdecimal():
         common.die(f"tokenizer {name!r}: use bpe:SIZE (such as bpe:4096), gpt2 or char")
     return train_bpe(texts, int(size))
 

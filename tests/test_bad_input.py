@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import chat
 import common
 import convert
 import evaluate
+import experiments
 import ppo
 import pretrain
 import reward
@@ -49,6 +51,9 @@ def made(tmp_path_factory):
         common.write_text(folder / f"{name}tokenizer.tiktoken", t.dumps())
     for name, text in GOOD.items():
         (folder / name).write_text(text)
+    people, rng = world.People(0), random.Random(0)
+    common.write_jsonl(folder / "people.jsonl", [people.draw(rng, role) for role in ("test", "unknown_test", "quiz") for _ in range(3)])
+    common.write_jsonl(folder / "one_person.jsonl", [people.draw(rng, "test")])
     (folder / "stream").mkdir()
     common.write_text(folder / "stream" / "tokenizer.tiktoken", mine.dumps())
     for name in ("train", "val"):
@@ -60,6 +65,7 @@ def flags(made, script, out):
     """Flags with which the script would run."""
     others = {
         chat: dict(model=made / "sft.pt"),
+        experiments: dict(out=out.with_name("folder"), report=True),
         evaluate: dict(out=made, data=made / "people.jsonl", device="cpu"),
         label: dict(init=made / "sft.pt", data=made, out=out, device="cpu"),
         convert: dict(from_checkpoint=made / "sft.pt", out=out.with_name("folder")),
@@ -97,14 +103,26 @@ def bad(change, name="base.pt"):
 
 
 def bad_checkpoint(name="base.pt", **changes):
-    """The same for a checkpoint whose parts are changed, or left out where the change is None."""
+    """The same for a checkpoint whose parts are other ones, a function of the good ones, or left out where the change is None."""
 
     def make(made, folder):
-        content = torch.load(made / name, weights_only=True) | changes
+        content = torch.load(made / name, weights_only=True)
+        content |= {part: change(content[part]) if callable(change) else change for part, change in changes.items()}
         torch.save({k: v for k, v in content.items() if v is not None}, folder / "bad.pt")
         return folder / "bad.pt"
 
     return make
+
+
+def not_finite(weights):
+    weights["blocks.0.attn.q_proj.weight"][0, 0] = torch.inf
+    return weights
+
+
+def of_two_runs(made, folder):
+    (folder / "base.pt").write_bytes((made / "base.pt").read_bytes())
+    (folder / "sft.pt").write_bytes((made / "other_sft.pt").read_bytes())
+    return folder
 
 
 def bad_stream(**files):
@@ -238,6 +256,21 @@ CASES = [  # script, {flag: value, or a file's content}, what the line must say
     (world, dict(documents=-5), "--documents -5: must be at least 1"),
     (world, dict(vocab_size=10), "vocab_size 10 is below 256 bytes"),
     (evaluate, dict(data=b'{"name": "A B"}\n'), "line 1: a person without role"),
+    (pretrain, dict(data="sft.jsonl"), "sft.jsonl/tokenizer.tiktoken: cannot be read .*; check the path"),
+    (pretrain, dict(data="no\nsuch folder"), "no such folder/tokenizer.tiktoken: no such file"),
+    (pretrain, dict(data="n" * 300), "cannot be read .*; check the path"),
+    (pretrain, dict(seed=2**64), "--seed 18446744073709551616: must be at least 0, and at most 10"),
+    (pretrain, dict(n_embd=10**10), "can't allocate memory"),
+    *[(pretrain, dict(out=out), "--out .*: must be a file for the checkpoint") for out in ("", ".", "stream", "mine.jsonl")],
+    (sft, dict(init=bad_checkpoint(weights=not_finite)), "bad.pt: blocks.0.attn.q_proj.weight is not finite: the run that made it diverged"),
+    (ppo, dict(temperature=1e-40), "--temperature 1e-40: a greedy policy explores nothing"),
+    (evaluate, dict(data="one_person.jsonl"), "too few people of the roles test, unknown_test and quiz"),
+    (evaluate, dict(), "tokens of a question .* do not fit in the model's 32; pretrain with a longer --context"),
+    (evaluate, dict(out=of_two_runs), "its checkpoints have different tokenizers; they must come from one base model"),
+    (evaluate, dict(out="stream"), "stream: no base.pt, sft.pt or ppo.pt; `make` trains them"),
+    (tokenizer, dict(tokenizer="bpe:²"), "use bpe:SIZE"),
+    (experiments, dict(job="dance"), "--job dance: use best_of, positive, measure"),
+    (experiments, dict(), "folder: no seed is measured yet; run without --report"),
     *[(script, dict(), "out.jsonl: the log would go there, but it is no log of a run") for script in (pretrain, sft, reward, ppo)],
 ]
 
@@ -256,7 +289,7 @@ def test_bad_input_is_one_clear_line_and_overwrites_nothing(made, tmp_path, monk
         elif callable(value):
             mine[name] = value(made, tmp_path)
         else:
-            mine[name] = made / value if (made / str(value)).exists() and value else value
+            mine[name] = made / value if value and os.path.exists(made / str(value)) else value
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(SystemExit, match=line) as error:
         run(script, mine)
@@ -266,13 +299,45 @@ def test_bad_input_is_one_clear_line_and_overwrites_nothing(made, tmp_path, monk
         run(script, mine | dict(debug=True))
 
 
-@pytest.mark.parametrize("returned", ["[1.0] * 3", "[[1.0]] * 4", "[float('nan')] * 4", "1.0", "None", "['good'] * 4"])
+@pytest.mark.parametrize("returned", ["[1.0] * 3", "[[1.0]] * 4", "[float('nan')] * 4", "1.0", "None", "['good'] * 4", "'1234'", "[1e39] * 4",
+                                      "{i: 1.0 for i in range(4)}", "1 / 0", "{}['a key\\n']", "f(responses)"])  # fmt: skip
 def test_a_reward_function_that_returns_no_scores_is_refused(made, tmp_path, monkeypatch, returned):
     module = f"rewards_{abs(hash(returned))}"
     (tmp_path / f"{module}.py").write_text(f"def f(prompts, responses):\n    return {returned}\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="returned .*; needed: 4 finite floats, one a response"):
+    with pytest.raises(SystemExit, match=f"^error: --reward {module}:f: .*; needed: 4 finite floats, one a response") as error:
         run(ppo, flags(made, ppo, tmp_path / "out.pt") | dict(reward=f"{module}:f", val_prompts=4))
+    assert "\n" not in str(error.value)
+
+
+def test_an_iteration_of_one_episode_and_one_held_out_prompt_has_no_standard_error_but_runs(made, tmp_path):
+    run(ppo, flags(made, ppo, tmp_path / "out.pt") | dict(batch_size=1, minibatch_size=1, val_prompts=1))
+    assert (tmp_path / "out.pt").exists()
+
+
+def test_a_policy_that_diverges_in_the_last_update_is_not_written(made, tmp_path):
+    last = dict(steps=1, epochs=1, batch_size=4, minibatch_size=4, val_prompts=4, lr=3e38)  # finite weights whose products are not
+    with pytest.raises(SystemExit, match="^error: step 1: logits of the next token not finite, on .*; no state was saved yet: "):
+        run(ppo, flags(made, ppo, tmp_path / "out.pt") | last)
+    assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("source", ["def f(:", "1 / 0", "import no_such_module", "g = 1"])
+def test_a_reward_module_that_cannot_be_imported_is_refused(made, tmp_path, monkeypatch, source):
+    module = f"module_{abs(hash(source))}"
+    (tmp_path / f"{module}.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"^error: --reward {module}:f: .*; give a checkpoint or package.module:function$"):
+        run(ppo, flags(made, ppo, tmp_path / "out.pt") | dict(reward=f"{module}:f"))
+
+
+def test_answers_that_all_score_the_same_are_nothing_to_scale_by(made, tmp_path):
+    """With all weights 0 every token is as likely as any other, and so is every answer of one length."""
+    init = bad_checkpoint(weights=lambda weights: {name: torch.zeros_like(tensor) for name, tensor in weights.items()})(made, tmp_path)
+    (tmp_path / "out.pt").write_text("precious")
+    with pytest.raises(SystemExit, match="the 4 SFT answers of the calibration all score .*, too alike to scale by"):
+        run(reward, flags(made, reward, tmp_path / "out.pt") | dict(init=init))
+    assert (tmp_path / "out.pt").read_text() == "precious"
 
 
 def test_byte_order_marks_and_windows_line_ends_are_accepted(made, tmp_path):

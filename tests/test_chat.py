@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -62,6 +63,25 @@ def test_each_piped_line_is_answered_on_stdout_alone(folder):
     answers = [reply(model, conversation.render_prompt(messages(text), TOKENIZER)) for text in ("hello", "who �?")]
     assert done.returncode == 0 and b"device cpu" in done.stderr
     assert done.stdout.decode() == "".join(f"{answer}\n" for answer in answers)
+
+
+def test_without_an_input_it_ends_in_one_line(folder):
+    argv = [sys.executable, ROOT / "chat.py", "--model", folder / "a.pt", "--device", "cpu"]
+    done = subprocess.run(argv, capture_output=True, text=True, preexec_fn=lambda: os.close(0))
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: there is nowhere to read questions from")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_ends_it_silently(folder):
+    """As in `python chat.py < questions.txt | head -1`."""
+    argv = [sys.executable, ROOT / "chat.py", "--model", folder / "a.pt", "--device", "cpu"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdin.write(b"hello\n" * 50)
+        process.stdin.close()
+        process.stdout.readline()
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+        assert process.wait() == -signal.SIGPIPE
 
 
 def test_compared_models_answer_in_columns_of_equal_width(folder):

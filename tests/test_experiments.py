@@ -1,5 +1,6 @@
 """The experiments' plan, their controls' files, and the figures against closed forms."""
 
+import importlib
 import math
 import random
 from collections import Counter
@@ -33,6 +34,23 @@ def test_every_job_comes_after_the_jobs_that_make_its_files():
 def test_every_checkpoint_of_the_plan_is_trained_once_and_measured():
     *plan, (target, _, *measured) = experiments.jobs()
     assert target == "out/figures.json" and set(measured) == {job[0] for job in plan if job[0].endswith(".pt")}
+
+
+def test_every_job_that_keeps_a_state_takes_the_flag_to_go_on_from_it(monkeypatch):
+    """run_job adds --resume where <target>.resume is there, as an interrupted stage leaves it."""
+    for target, command, *_ in experiments.jobs():
+        if target.endswith(".pt"):
+            script, *flags = command.split()
+            module = importlib.import_module(script.removesuffix(".py"))
+            assert common.parse_config(module.Config, "", [*flags, "--resume"]).resume == "newest", target
+
+
+def test_a_job_that_fails_is_reported_with_its_own_error_line(tmp_path):
+    """A state that is damaged: the user decides what becomes of it."""
+    folder = tmp_path / "0"
+    (folder / "out").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"seed 0\) failed: error: out/base.pt: no such file; .*; see .*out_sft.pt.log"):
+        experiments.run_job(folder, "out/sft.pt", "sft.py --init out/base.pt --out out/sft.pt", 0)
 
 
 def test_a_dose_set_holds_its_share_of_unknown_facts_and_its_controls_differ_in_these_alone(people):

@@ -609,6 +609,8 @@ def test_the_real_files_convert(tmp_path):
         ("text", "a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, line 1: not JSON in UTF-8"),
         ("text", "a.jsonl", '[{"text": "a"}]\n', "a.jsonl, line 1: not an object"),
         ("text", "a.json", '{"text": "a"}\n{"text": "b"}\n', "a.json: not JSON"),
+        ("text", "a.jsonl", "[" * 100_000, "a.jsonl, line 1: not JSON"),
+        ("instructions", "a.json", "[" * 100_000, "a.json: not JSON"),
         ("text", "a.json", ["a"], "a.json, record 1: not an object"),
         ("instructions", "a.jsonl", "", "a.jsonl: holds no usable records"),
         ("instructions", "a.jsonl", [{"instruction": "a", "output": ""}], "a.jsonl: holds no usable records"),
@@ -650,6 +652,7 @@ def test_a_damaged_archive_is_named_in_one_line(tmp_path):
         (["text", "--from", "missing.txt", "--workers", "0"], "--workers and --sample_mb must be at least 1"),
         (["text", "--url", "http://127.0.0.1/"], "http://127.0.0.1/: must end in .txt"),
         (["text", "--url", "mine.txt"], "mine.txt: unknown url type"),
+        (["text", "--url", "http://[::1/mine.txt"], "http://[::1/mine.txt: Invalid IPv6 URL"),
     ],
 )
 def test_wrong_arguments_are_said_in_one_line(tmp_path, monkeypatch, arguments, expected):
@@ -657,7 +660,7 @@ def test_wrong_arguments_are_said_in_one_line(tmp_path, monkeypatch, arguments, 
     assert expected in failure(*arguments, "--out", tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["words", "bpe:12", "bpe:x", "none.tiktoken"])
+@pytest.mark.parametrize("name", ["words", "bpe:12", "bpe:x", "bpe:²", "none.tiktoken"])
 def test_a_wrong_tokenizer_is_said_in_one_line(tmp_path, name):
     path = write(tmp_path / "a.txt", WORDS)
     assert name.removeprefix("bpe:") in failure("text", "--from", path, "--tokenizer", name, "--out", tmp_path)

@@ -1,19 +1,27 @@
 """Random input: what must hold holds for any of it, and a damaged file ends in one line or reads as the whole one does."""
 
+import gzip
 import json
+import os
+import resource
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import common
+import convert
+import loop
 import ppo
 import reward
 import sft
+from data import fetch, stream
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
@@ -21,9 +29,32 @@ TOKENIZER = tiny.byte_tokenizer()
 SIZES = dict(vocab_size=TOKENIZER.vocab_size, block_size=40, n_layer=1, n_head=2, n_kv_head=1, n_embd=4, n_inner=4)
 
 
-def long(n):
-    """A decorator for the long suite: n examples, new ones in each run. All of them together take about 5 minutes."""
-    return lambda test: pytest.mark.faults(settings(max_examples=n, derandomize=False)(test))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", 300))  # of computing by the long suite, split evenly over its tests
+long_tests = []
+
+
+def long(examples, check):
+    """The test for the long suite: check with new examples, again and again until its share of FUZZ_SECONDS is over."""
+
+    @pytest.mark.faults
+    def test():
+        end, n = time.process_time() + SECONDS / len(long_tests), 0
+        while time.process_time() < end:
+            settings(max_examples=100, derandomize=False)(examples(check))()
+            n += 100
+        print(f"{check.__name__}: {n} examples")
+
+    long_tests.append(test)
+    return test
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_memory():
+    """8 GB: a file that asks for more must not get them, nor take this machine down."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 # ---- tokens
@@ -55,7 +86,7 @@ def generates_the_same_alone(prompts, n, end_id):
 
 mixes = given(prompts=token_lists, n=st.integers(1, 10), end_id=st.none() | st.integers(0, 10))
 test_prompts_of_any_lengths_continue_together_as_they_do_alone = mixes(generates_the_same_alone)
-test_prompts_of_any_lengths_continue_together_as_they_do_alone_at_length = long(1500)(mixes(generates_the_same_alone))
+test_prompts_of_any_lengths_continue_together_as_they_do_alone_at_length = long(mixes, generates_the_same_alone)
 
 
 # ---- damaged files
@@ -101,16 +132,17 @@ values = st.recursive(scalars | keys, lambda inner: st.lists(inner, max_size=4) 
 
 
 @st.composite
-def records(draw):
-    """A good record of a stage in which one value is another one."""
-    stage = draw(st.sampled_from(list(RECORDS)))
-    record = json.loads(json.dumps(RECORDS[stage]))
+def changed(draw, content):
+    """A JSON object as bytes, with one of its values replaced by another or left out."""
+    record = json.loads(json.dumps(content))
     at = record
     while True:
         key = draw(st.sampled_from(list(at) if isinstance(at, dict) else range(len(at))))
-        if not isinstance(at[key], (dict, list)) or draw(st.booleans()):
+        if not isinstance(at[key], (dict, list)) or not at[key] or draw(st.booleans()):
             at[key] = draw(values)
-            return stage, (json.dumps(record) + "\n").encode()
+            if draw(st.integers(0, 3)) == 0:
+                del at[key]
+            return json.dumps(record).encode()
         at = at[key]
 
 
@@ -119,9 +151,44 @@ def lines_end_well(stage_and_content):
     read(READERS[stage], content, "data.jsonl")
 
 
-lines = given(stage_and_content=st.sampled_from(list(LINES)).flatmap(lambda s: damaged(LINES[s]).map(lambda c: (s, c))) | records())
+stages = st.sampled_from(list(LINES))
+lines = given(stage_and_content=stages.flatmap(lambda s: st.tuples(st.just(s), damaged(LINES[s]) | changed(RECORDS[s]))))
 test_damaged_lines_end_in_one_line_or_are_read = lines(lines_end_well)
-test_damaged_lines_end_in_one_line_or_are_read_at_length = long(10_000)(lines(lines_end_well))
+test_damaged_lines_end_in_one_line_or_are_read_at_length = long(lines, lines_end_well)
+
+
+# name: (records that data.fetch reads, how it reads a file)
+SOURCES = {
+    "text": ({"text": "naïve 東京 😀<|endoftext|> end"}, lambda path: list(stream.read_pieces(path))),
+    "conversations": (RECORDS["sft"], lambda path: fetch.convert(path, fetch.to_conversation)),
+    "instructions": ({"instruction": "Add.", "input": "1, 2", "output": "3"}, lambda path: fetch.convert(path, fetch.to_conversation)),
+    "pairs": (RECORDS["reward"], lambda path: fetch.convert(path, fetch.to_pair)),
+    "transcripts": ({key: f"\n\nHuman: Why?\n\nAssistant: {key}" for key in ("chosen", "rejected")}, lambda path: fetch.convert(path, fetch.to_pair)),
+    "chats": ({key: [*TURNS[:1], {"role": "assistant", "content": key}] for key in ("chosen", "rejected")}, lambda path: fetch.convert(path, fetch.to_pair)),
+}  # fmt: skip
+
+
+def sources_end_well(name, content, ending):
+    read(SOURCES[name][1], gzip.compress(content) if ending == ".jsonl.gz" else content, f"data{ending}")
+
+
+@st.composite
+def source_files(draw):
+    name, ending = draw(st.sampled_from(list(SOURCES))), draw(st.sampled_from([".txt", ".jsonl", ".json", ".jsonl.gz", ".txt.gz"]))
+    record = SOURCES[name][0]
+    content = draw(damaged(json.dumps(record, ensure_ascii=False).encode() + b"\n") | changed(record))
+    return dict(name=name, content=draw(damaged(gzip.compress(content, mtime=0))) if ending == ".txt.gz" else content, ending=ending)
+
+
+sources = given(source_files())
+
+
+def source_ends_well(source):
+    sources_end_well(**source)
+
+
+test_a_damaged_source_of_data_ends_in_one_line_or_is_read = sources(source_ends_well)
+test_a_damaged_source_of_data_ends_in_one_line_or_is_read_at_length = long(sources, source_ends_well)
 
 
 def checkpoint_content():
@@ -151,7 +218,7 @@ def damaged_checkpoint_is_refused_or_the_same(content):
 
 checkpoints = given(content=damaged(CHECKPOINT))
 test_a_damaged_checkpoint_is_refused_or_still_the_same = checkpoints(damaged_checkpoint_is_refused_or_the_same)
-test_a_damaged_checkpoint_is_refused_or_still_the_same_at_length = long(10_000)(checkpoints(damaged_checkpoint_is_refused_or_the_same))
+test_a_damaged_checkpoint_is_refused_or_still_the_same_at_length = long(checkpoints, damaged_checkpoint_is_refused_or_the_same)
 
 
 def test_a_bit_flipped_where_the_file_says_where_its_parts_lie_is_found_or_harmless():
@@ -183,7 +250,39 @@ leaves = st.none() | st.booleans() | st.integers(-3, 300) | st.floats(-9, 9) | s
 other_values = leaves | st.lists(leaves, max_size=3) | st.dictionaries(st.text(max_size=3), leaves, max_size=3)
 foreign = given(part=st.sampled_from(PARTS), value=other_values)
 test_a_checkpoint_of_other_parts_ends_in_one_line_or_is_read = foreign(foreign_checkpoint_ends_well)
-test_a_checkpoint_of_other_parts_ends_in_one_line_or_is_read_at_length = long(3_000)(foreign(foreign_checkpoint_ends_well))
+test_a_checkpoint_of_other_parts_ends_in_one_line_or_is_read_at_length = long(foreign, foreign_checkpoint_ends_well)
+
+
+def state_content(folder):
+    """A state for --resume, and what it belongs to."""
+    config = sft.Config(out=str(folder / "a.pt"), resume="newest")
+    model = torch.nn.Linear(2, 1)
+    parts = dict(model=model, optimizer0=common.make_optimizers(model, 0.1)[0])
+    model(torch.ones(1, 2)).sum().backward()
+    parts["optimizer0"].step()
+    return config, parts, dict(step=3, settings={"lr": 0.1}, parts={name: part.state_dict() for name, part in parts.items()})
+
+
+def foreign_state_ends_well(part, value):
+    with tempfile.TemporaryDirectory() as folder:
+        config, parts, content = state_content(Path(folder))
+        *outer, last = part
+        at = content
+        for key in outer:
+            at = at[key]
+        at[last] = value
+        torch.save(content, f"{config.out}.resume")
+        try:
+            assert isinstance(loop.load_state(config, {"lr": 0.1}, parts), int)
+        except SystemExit as e:
+            assert str(e).startswith(f"error: {config.out}.resume") and "\n" not in str(e)
+
+
+STATE_PARTS = [("step",), ("settings",), ("settings", "lr"), ("parts",), ("parts", "model"), ("parts", "model", "weight"), ("parts", "optimizer0")]
+STATE_PARTS += [("parts", "optimizer0", "state"), ("parts", "optimizer0", "param_groups"), ("parts", "optimizer0", "state", 0)]
+states = given(part=st.sampled_from(STATE_PARTS), value=other_values)
+test_a_state_of_other_parts_ends_in_one_line_or_is_read = states(foreign_state_ends_well)
+test_a_state_of_other_parts_ends_in_one_line_or_is_read_at_length = long(states, foreign_state_ends_well)
 
 
 def damaged_tokenizer_ends_well(content):
@@ -192,8 +291,57 @@ def damaged_tokenizer_ends_well(content):
         assert tokenizer.decode(tokenizer.encode("naïve 東京 😀")) == "naïve 東京 😀"
 
 
-RULES = json.dumps({"pattern": ".|\n", "special_tokens": TOKENIZER.rules["special_tokens"], "text_tokens": [], "normal_form": "NFC"})
-TOKENIZERS = [TOKENIZER.dumps().encode(), f"# {RULES}\n{TOKENIZER.dumps()}".encode()]
-tokenizers = given(content=st.sampled_from(TOKENIZERS).flatmap(lambda c: damaged(c) | damaged(c[:300]).map(lambda start: start + c[300:])))
+RULES = {"pattern": ".|\n", "special_tokens": TOKENIZER.rules["special_tokens"], "text_tokens": [], "normal_form": "NFC"}
+TOKENIZERS = [TOKENIZER.dumps().encode(), f"# {json.dumps(RULES)}\n{TOKENIZER.dumps()}".encode()]
+other_rules = changed(RULES).map(lambda rules: b"# " + rules + b"\n" + TOKENIZERS[0])
+tokenizers = given(content=st.sampled_from(TOKENIZERS).flatmap(lambda c: damaged(c) | damaged(c[:300]).map(lambda start: start + c[300:])) | other_rules)
 test_a_damaged_tokenizer_ends_in_one_line_or_is_read = tokenizers(damaged_tokenizer_ends_well)
-test_a_damaged_tokenizer_ends_in_one_line_or_is_read_at_length = long(8_000)(tokenizers(damaged_tokenizer_ends_well))
+test_a_damaged_tokenizer_ends_in_one_line_or_is_read_at_length = long(tokenizers, damaged_tokenizer_ends_well)
+
+
+# ---- folders from elsewhere
+
+
+def hugging_face_files():
+    """{name: content} of the folder that convert.py makes of the checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        convert.to_hf(Path(folder) / "hf", WHOLE, TOKENIZER)
+        return {path.name: path.read_bytes() for path in (Path(folder) / "hf").iterdir()}
+
+
+HUGGING_FACE = hugging_face_files()
+SHARDS = {"weight_map": {name: "model.safetensors" for name in safetensors.torch.load(HUGGING_FACE["model.safetensors"])}}
+
+
+def foreign_folder_ends_well(name, content):
+    with tempfile.TemporaryDirectory() as folder:
+        for good, bytes_ in HUGGING_FACE.items():
+            (Path(folder) / good).write_bytes(bytes_)
+        (Path(folder) / name).write_bytes(content)
+        try:
+            model, tokenizer = convert.from_hf(Path(folder), convert.Config())
+            assert model.config.vocab_size == tokenizer.vocab_size
+            common.save_checkpoint(Path(folder) / "a.pt", "base", model, tokenizer, convert.Config())
+            load(Path(folder) / "a.pt")  # what was converted can be used
+        except SystemExit as e:
+            assert str(e).startswith(f"error: {folder}") and "\n" not in str(e)
+
+
+@st.composite
+def foreign_files(draw):
+    name = draw(st.sampled_from(["config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json"]))
+    content = HUGGING_FACE.get(name, json.dumps(SHARDS).encode())
+    if name == "model.safetensors":  # its first 8 bytes and the JSON after them say what lies where
+        return name, draw(damaged(content) | damaged(content[:400]).map(lambda start: start + content[400:]))
+    return name, draw(damaged(content) | changed(json.loads(content)))
+
+
+folders = given(foreign_files())
+
+
+def folder_ends_well(name_and_content):
+    foreign_folder_ends_well(*name_and_content)
+
+
+test_a_folder_from_elsewhere_ends_in_one_line_or_becomes_a_checkpoint = folders(folder_ends_well)
+test_a_folder_from_elsewhere_ends_in_one_line_or_becomes_a_checkpoint_at_length = long(folders, folder_ends_well)

@@ -170,5 +170,6 @@ def test_each_row_is_sampled_from_its_own_logits():
     logits = torch.full((3, 5), -50.0)
     logits[0, 4] = logits[1, 0] = logits[2, 2] = 50.0
     logits += torch.tensor([[0.0], [500.0], [-500.0]])  # a shift of a row changes nothing
-    for options in (dict(), dict(top_k=2), dict(top_p=0.5), dict(temperature=0)):
+    # at top_p 0 the likeliest token alone is left; a temperature so low that the division overflows is the limit 0
+    for options in (dict(), dict(top_k=2), dict(top_p=0.5), dict(temperature=0), dict(top_p=0), dict(temperature=1e-40)):
         assert sample(logits, **options).tolist() == [4, 0, 2]
