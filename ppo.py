@@ -227,12 +227,13 @@ def rollout(policy, ref, critic, score, prompts, texts, tokenizer, config):
 
 def update(policy, critic, optimizers, batch, lr_factor, config):
     """config.epochs passes of minibatch steps over the iteration's episodes; returns the diagnostics' means."""
-    diagnostics = []
+    diagnostics, lengths = [], last_true(batch["mask"]).cpu() + 1  # (B,): after so many columns only pads follow
     for _ in range(config.epochs):
-        for minibatch in torch.randperm(len(batch["tokens"])).split(config.minibatch_size):
-            n_actions = batch["mask"][minibatch].sum()
-            for micro in parallel.mine(minibatch).split(config.micro_batch_size):
-                b = {name: x[micro] for name, x in batch.items()}
+        for minibatch in torch.randperm(len(lengths)).split(config.minibatch_size):
+            n_actions, mine = batch["mask"][minibatch].sum(), parallel.mine(minibatch)
+            for micro in mine[lengths[mine].argsort(stable=True)].split(config.micro_batch_size):  # of like length: few pads
+                T = lengths[micro].max().item() + 1  # one more for tokens, whose T + 1 columns are one more than the others have
+                b = {name: x[micro, : T - (name != "tokens")] if x.dim() > 1 else x[micro] for name, x in batch.items()}
                 with common.autocast(policy.device):
                     logprobs, _ = response_logprobs(policy, b["tokens"], b["mask"], config.temperature)  # (B, T)
                     values = action_values(critic, b["tokens"], b["mask"])  # (B, T)
