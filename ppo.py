@@ -228,12 +228,13 @@ def rollout(policy, ref, critic, score, prompts, texts, tokenizer, config):
 
 def update(policy, critic, optimizers, batch, lr_factor, config):
     """config.epochs passes of minibatch steps over the iteration's episodes; returns the diagnostics' means."""
-    diagnostics = []
+    diagnostics, lengths = [], last_true(batch["mask"]).cpu() + 1  # (B,): columns up to a row's last action
     for _ in range(config.epochs):
-        for minibatch in torch.randperm(len(batch["tokens"])).split(config.minibatch_size):
-            n_actions = batch["mask"][minibatch].sum()
-            for micro in parallel.mine(minibatch).split(config.micro_batch_size):
-                b = {name: x[micro] for name, x in batch.items()}
+        for minibatch in torch.randperm(len(lengths)).split(config.minibatch_size):
+            n_actions, mine = batch["mask"][minibatch].sum(), parallel.mine(minibatch)
+            for micro in mine[lengths[mine].argsort(stable=True)].split(config.micro_batch_size):  # of like length: few pads
+                T = lengths[micro].max().item()
+                b = {name: x[micro, : T + (name == "tokens")] if x.dim() > 1 else x[micro] for name, x in batch.items()}
                 with common.autocast(policy.device):
                     logprobs, _ = response_logprobs(policy, b["tokens"], b["mask"], config.temperature)  # (B, T)
                     values = action_values(critic, b["tokens"], b["mask"])  # (B, T)
@@ -247,9 +248,8 @@ def update(policy, critic, optimizers, batch, lr_factor, config):
                 diagnostics.append(torch.stack([pg_loss.detach(), v_loss.detach(), approx_kl, clip_fraction]) * share)
             for model, optimizer in zip((policy, critic), optimizers):
                 common.optimizer_step(model, [optimizer], lr_factor)
-    names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction")
-    n_steps = config.epochs * math.ceil(len(batch["tokens"]) / config.minibatch_size)
-    return dict(zip(names, (parallel.total(torch.stack(diagnostics).sum(0)) / n_steps).tolist()))
+    means = parallel.total(torch.stack(diagnostics).sum(0)) / (config.epochs * math.ceil(len(lengths) / config.minibatch_size))
+    return dict(zip(("policy_loss", "value_loss", "approx_kl", "clip_fraction"), means.tolist()))
 
 
 def load_prompts(path, tokenizer, config, block_size):

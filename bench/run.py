@@ -79,7 +79,7 @@ QUICK = Sizes(
     generation=((2, 4, 4),),
     ppo=dict(batch=4, minibatch=2, epochs=1, prompt=4, new_tokens=4),
     attention_T=(16,),
-    growth=dict(n_embd=(16, 32), n_layer=(1, 2), T=(8, 16), vocab_size=(100, 300), cache=(16, 32), episodes=(2, 4), response=(2, 4)),
+    growth=dict(n_embd=(16, 32), n_layer=(1, 2), T=(8, 16), vocab_size=(100, 300), cache=(32, 64), episodes=(2, 4), response=(2, 4)),
 )
 
 
@@ -168,7 +168,7 @@ def shakespeare_rows(s, config, device):
 
 
 def generation_rows(s, config, device):
-    """Tokens a second of model.generate; of the same model that reads everything again for each token; of transformers' generate."""
+    """Tokens a second of model.generate; of the same and of a plain model that read everything again for each token; of transformers."""
     for B, P, n in s.generation:
         model = sides.our_gpt(s.model, P + n, device).eval()
         prompts = torch.randint(s.model["vocab_size"], (B, P), device=device)  # (B, P)
@@ -183,7 +183,9 @@ def generation_rows(s, config, device):
                 for _ in range(n):
                     tokens = torch.cat((tokens, sample(model.logits(model.hidden(tokens)[:, -1]))[:, None]), 1)  # one longer each time
 
+        plain = sides.PlainGPT(**s.model, block_size=P + n).to(device).eval()
         turns = {"ours": with_cache, "recompute": recompute}
+        turns["plain"] = lambda plain=plain, prompts=prompts, n=n: sides.plain_generate(plain, prompts, n)
         try:
             dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
             twins = {name: sides.transformers_twin(model, dtype) for name, dtype in dtypes.items()}
@@ -200,6 +202,8 @@ def generation_rows(s, config, device):
             cache = 2 * 2 * model.config.n_layer * model.config.n_kv_head * model.config.head_dim * (P + n / 2)  # bytes a row, bfloat16
             bound = B * bandwidth / (2 * model.n_params() + B * cache)
             note = f"{amount / seconds['ours'] / bound:.0%} of what {bandwidth / 1e12:g} TB/s allow"
+        against = f"plain GPT, {'bfloat16' if device.type == 'cuda' else 'float32'}, without a cache"
+        yield Row(work, against, seconds["ours"], seconds["plain"], 25, amount, "tokens/s", note)
         yield Row(work, "the same without a cache", seconds["ours"], seconds["recompute"], 25, amount, "tokens/s", note)
         if twins:
             best = min(twins, key=seconds.get)
@@ -230,7 +234,7 @@ def ppo_rows(s, config, device):
 
 def growth_tables(s, config, device):
     """[(title, {column: values})]: the first column is what grows, the second the time."""
-    tables, known = [], {}
+    tables, known, repetitions = [], {}, min(config.repetitions, 3)
     for axis, name in (("n_embd", "width"), ("n_layer", "depth"), ("T", "T"), ("vocab_size", "vocabulary")):
         columns = {name: list(s.growth[axis]), "ms a step": [], "MB at the peak": [], "float32 logits kept": [], "MB of one such copy": []}
         for value in s.growth[axis]:
@@ -238,7 +242,7 @@ def growth_tables(s, config, device):
             T = value if axis == "T" else s.T
             key = (*sizes.values(), T)
             if key not in known:
-                known[key] = sides.in_fresh_process(sides.step_cost, sizes, T, s.batch, config.repetitions, device)
+                known[key] = sides.in_fresh_process(sides.step_cost, sizes, T, s.batch, repetitions, device)
             one_copy = s.batch * T * sizes["vocab_size"] * 4
             for column, x in zip(list(columns)[1:], (known[key][0] * 1e3, known[key][1] / 1e6, known[key][2], one_copy / 1e6)):
                 columns[column].append(x)
@@ -249,7 +253,7 @@ def growth_tables(s, config, device):
     tables.append(("Decoding against tokens in the cache, batch 32", {"tokens": list(s.growth["cache"]), "ms a step": times}))
     for axis, p in (("episodes", "batch"), ("response", "new_tokens")):
         turns = {x: sides.our_ppo(s.ppo_model or s.model, s.ppo | {p: x}, device)[0] for x in s.growth[axis]}
-        seconds = sides.take_turns(config.repetitions, turns)
+        seconds = sides.take_turns(repetitions, turns)
         tables.append((f"PPO iteration against {p.replace('_', ' ')}", {p: list(turns), "s an iteration": list(seconds.values())}))
     return tables
 
@@ -330,7 +334,7 @@ def main():
         device = common.setup(SimpleNamespace(device=name, seed=config.seed))
         sections.append(section(QUICK if config.quick else GPU if device.type == "cuda" else CPU, config, device))
     how = (
-        f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}. Both sides of a row take turns; medians of {config.repetitions}. "
+        f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}. Both sides of a row take turns; medians of {config.repetitions}, of the growth at most 3. "
         f"Load average before the last row: {os.getloadavg()[0]:.1f}."
     )
     common.write_text(config.out, "\n\n".join(["# Speed", how, *sections]) + "\n")

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import copy
+import itertools
 import json
 import math
 import multiprocessing
@@ -98,8 +99,8 @@ def our_ppo(model_sizes, p, device):
     policy = our_gpt(model_sizes, p["prompt"] + p["new_tokens"] + 1, device)
     ref, critic = copy.deepcopy(policy).requires_grad_(False), RewardModel(policy.config).to(device)
     if device.type == "cuda":
-        for network in (policy, ref, critic):
-            network.compile()
+        for network in (policy, ref, critic.trunk):  # as ppo.py --compile
+            network.hidden = torch.compile(network.hidden)
     optimizers = [common.make_optimizers(network, 1e-5, weight_decay=0.0)[0] for network in (policy, critic)]
     prompts = torch.randint(model_sizes["vocab_size"], (p["batch"], p["prompt"])).tolist()
 
@@ -141,9 +142,12 @@ class PlainGPT(nn.Module):
         self.apply(lambda m: isinstance(m, nn.Linear | nn.Embedding) and nn.init.normal_(m.weight, std=0.02))
         self.head.weight = self.embed.weight
 
-    def forward(self, tokens):
+    def hidden(self, tokens):
         positions = torch.arange(tokens.size(1), device=tokens.device)
-        return self.head(self.blocks(self.embed(tokens) + self.position(positions)))  # (B, T, V)
+        return self.blocks(self.embed(tokens) + self.position(positions))  # (B, T, C)
+
+    def forward(self, tokens):
+        return self.head(self.hidden(tokens))  # (B, T, V)
 
 
 def plain_stepper(sizes, T, steps, device):
@@ -164,6 +168,15 @@ def plain_stepper(sizes, T, steps, device):
         optimizer.zero_grad(set_to_none=True)
 
     return model, step
+
+
+@torch.no_grad()
+def plain_generate(model, tokens, n):
+    """Samples n tokens more as nanoGPT does: everything is read again for each; bfloat16 on CUDA only."""
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.device.type == "cuda"):
+        for _ in range(n):
+            logits = model.head(model.hidden(tokens)[:, -1]).float()  # (B, V)
+            tokens = torch.cat((tokens, torch.multinomial(logits.softmax(-1), 1)), dim=1)  # one longer each time
 
 
 def transformers_twin(model, dtype):
@@ -219,13 +232,11 @@ def step_cost(sizes, T, batch, repetitions, device):
     return seconds, peak_memory(device) - before, len(kept)
 
 
-def decode_cost(model, n_slots, device, batch=32, n=8):
-    """Seconds a token and row of generate when n_slots tokens are in the cache: n tokens more against one."""
-    prompts = torch.randint(model.config.vocab_size, (batch, n_slots - n - 1)).tolist()
-
-    def decode(n_new):
+def decode_cost(model, n_slots, device, batch=32, n=16):
+    """Median seconds between two tokens of generate when the cache has n_slots; of the second of two calls."""
+    prompts = torch.randint(model.config.vocab_size, (batch, n_slots - n)).tolist()
+    for _ in range(2):
+        times = []
         with common.autocast(device):
-            model.generate(prompts, n_new)
-
-    seconds = take_turns(3, {"n": lambda: decode(n + 1), "one": lambda: decode(1)})
-    return max(seconds["n"] - seconds["one"], 1e-9) / n
+            model.generate(prompts, n, on_token=lambda ids, times=times: times.append(time.perf_counter()))
+    return statistics.median(after - before for before, after in itertools.pairwise(times))
