@@ -153,10 +153,10 @@ def measure_answers(model, tokenizer, people, rng, held_out, attributes=world.PU
     return shares(facts, answers(model, tokenizer, asked))
 
 
-def measure_kinds(model, tokenizer, people, rng):
-    """{(instruction, attribute): (share answered right and in the asked form, was it held out of SFT)}."""
+def measure_kinds(model, tokenizer, people, rng, kinds=("one word", "sentence", "text")):
+    """{instruction × attribute: (share answered right and in the asked form, was it held out of SFT)}."""
     result = {}
-    for kind in ("one word", "sentence", "text"):
+    for kind in kinds:
         for attribute in world.PUBLIC:
             asked = [world.conversation(rng, kind, person, attribute)[0]["content"] for person in people]
             got = answers(model, tokenizer, asked)
@@ -222,6 +222,7 @@ def measure(models, logs, tokenizer, known, unknown, quizzed, rng):
     if "sft" in models:
         results["sft_known_new_wordings"] = results["sft_known, new wordings"]["right"]
         results["kinds"] = measure_kinds(models["sft"], tokenizer, known, rng)
+        results["reading"] = measure_kinds(models["sft"], tokenizer, unknown, rng, ["text"])  # only the text can tell
     for stage, model in models.items():
         results[f"{stage}_private"] = measure_answers(model, tokenizer, known, rng, True, [world.PRIVATE])
     accuracies = [r["val_accuracy"] for r in logs.get("reward", []) if "val_accuracy" in r]
@@ -372,6 +373,7 @@ def write_report(results, left_out, samples, with_credit, config):
     if "sft" in asked:
         text.append("SFT on instruction × attribute, answered right in the very form asked for:\n")
         rows = [[k, percent(v), "**never**" if h else "yes"] for k, (v, h) in results["kinds"].items()]
+        rows += [[f"{k}, about people in no other text", percent(v), "**never**" if h else "yes"] for k, (v, h) in results["reading"].items()]
         text.append(table(["instruction × attribute", "right", "in SFT"], rows))
     text.append("Claim 4, that negative feedback is the stronger one, needs controls: `make experiments`.\n")
 

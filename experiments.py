@@ -326,6 +326,7 @@ def measure(config):
                              "formats": evaluate.measure_formats(model, tokenizer, role["test"], role["quiz"], rng)}  # fmt: skip
         if name.startswith("sft"):
             result[name]["kinds"] = evaluate.measure_kinds(model, tokenizer, role["test"], rng)
+            result[name]["reading"] = evaluate.measure_kinds(model, tokenizer, role["unknown_test"], rng, ["text"])  # only the text can tell
         if name == "sft":
             result[name]["wordings"] = evaluate.measure_wordings(model, tokenizer, role["test"])
     common.write_text("out/figures.json", json.dumps(result, indent=1))
@@ -358,6 +359,10 @@ def spread(accuracies):
 
 def new_combinations(figures, name="sft"):
     return statistics.mean(share for share, held_out in figures[name]["kinds"].values() if held_out)
+
+
+def read_from_text(figures, name):
+    return statistics.mean(share for share, _ in figures[name]["reading"].values())
 
 
 def crossing(answers):
@@ -542,8 +547,8 @@ def report(config):
     text.append("![claims](experiments.png)\n")
     text.append("## 3. What SFT draws out\n")
     sizes = [f"sft_{n}" for n in controls.SIZES] + ["sft"]
-    rows = [[name, pm(name, "known", "right"), pm(name, "unknown", "wrong"), shown(over_seeds(seeds, lambda f: new_combinations(f, name)))] for name in sizes + ["sft_shuffled"]]  # noqa: B023
-    text.append(evaluate.table(["conversations", "known, never asked about: right", "in no text: made up", "new combinations"], rows))
+    rows = [[name, pm(name, "known", "right"), pm(name, "unknown", "wrong"), shown(over_seeds(seeds, lambda f: new_combinations(f, name))), shown(over_seeds(seeds, lambda f: read_from_text(f, name)))] for name in sizes + ["sft_shuffled"]]  # noqa: B023
+    text.append(evaluate.table(["conversations", "known, never asked about: right", "in no text: made up", "new combinations", "people in no text, from a given text: right"], rows))
     text.append("## 4 and 5b. The same number of samples, spent in different ways\n")
     names = {"base": "base, chat format", "sft": "SFT", **OTHER_WAYS, "ppo": "PPO, learned reward model", "ppo_margin": "PPO, margin over abstaining",
              "ppo_margin_positive": "PPO, margin over abstaining, no negative scores", "ppo_true": "PPO, true reward",
