@@ -44,7 +44,7 @@ class Config:
     workers: int = 2  # jobs at a time, each on one thread
     report: bool = False  # run nothing, write the tables
     resume: str = ""  # a worker's, whose job was interrupted
-    job: str = ""  # what a worker does in its seed's folder: best_of, positive or measure
+    job: str = ""  # what a worker does in its seed's folder: best_of or measure
     device: str = "auto"  # auto, cpu, cuda or mps
     seed: int = 0  # a worker's
 
@@ -75,7 +75,6 @@ def jobs():
     # 4 and 5b: the same number of samples spent in other ways, from one SFT checkpoint
     for name, flags in ("ppo_true", ""), ("ppo_true_positive", "--min_score 0"):
         plan.append((f"out/{name}.pt", f"ppo.py --init out/sft.pt --out out/{name}.pt --reward data.world:true_reward --steps {PPO_STEPS} --lr 1e-4 {flags}"))
-    plan.append(("out/ppo_positive.pt", "experiments.py --job positive", "out/reward.pt"))
     for name, flags in ("ppo_margin", ""), ("ppo_margin_positive", "--min_score 0"):
         plan.append((f"out/{name}.pt", f"ppo.py --init out/sft.pt --out out/{name}.pt --reward experiments:margin --steps {PPO_STEPS} --lr 1e-4 {flags}", "out/reward.pt"))
     sft("demos", init="sft")
@@ -220,18 +219,6 @@ def margin(prompts, responses):
     tokens = [conversation.render_prompt([{"role": "user", "content": prompt}], tokenizer) for prompt in prompts]
     score = lambda texts: scores(reward_model, tokens, [tokenizer.encode(text) + [tokenizer.end] for text in texts])  # noqa: E731
     return (score(responses) - score([world.IDK] * len(prompts))).tolist()
-
-
-def positive(config):
-    """PPO where no score is lower than what "I do not know." gets on average over all prompts."""
-    reward_model, tokenizer = judge()
-    prompts = common.read_jsonl("data/world/prompts.jsonl", lambda r: None)[:512]
-    tokens = [conversation.render_prompt(r["messages"], tokenizer) for r in prompts]
-    zero = scores(reward_model, tokens, [tokenizer.encode(world.IDK) + [tokenizer.end]] * len(tokens)).mean().item()
-    command = f"ppo.py --init out/sft.pt --reward out/reward.pt --out out/ppo_positive.pt --steps {PPO_STEPS} --lr 1e-4 --min_score={zero:.3f} --seed {config.seed}"
-    command += " --resume" * bool(config.resume)
-    print(command, flush=True)
-    sys.exit(subprocess.run([sys.executable, str(ROOT / command.split()[0])] + command.split()[1:]).returncode)
 
 
 def measure_model(model, tokenizer, role, seed):
@@ -380,7 +367,7 @@ def monotone(answers, slack=0.05):
     return all(b >= a - slack for a, b in zip(shares, shares[1:]))
 
 
-OTHER_WAYS = {"demos": "SFT on demonstrations", "best_of": f"best of {BEST_OF}, fine-tuned", "ppo_positive": "PPO, no score below abstaining's average"}
+OTHER_WAYS = {"demos": "SFT on demonstrations", "best_of": f"best of {BEST_OF}, fine-tuned"}
 
 
 def verdicts(seeds):
@@ -587,7 +574,7 @@ def report(config):
 def main():
     config = common.parse_config(Config, __doc__)
     if config.job:
-        workers = {"best_of": best_of, "positive": positive, "measure": measure}
+        workers = {"best_of": best_of, "measure": measure}
         if config.job not in workers:
             common.die(f"--job {config.job}: use {', '.join(workers)}")
         common.setup(config)

@@ -18,7 +18,7 @@ class Config:
 
 
 N_FACTS = 600  # questions in each set of the dose curve
-N_EPISODES = 60 * 128  # of PPO in the experiments: as many demonstrations, on prompts that it does not hold out
+N_EPISODES = 50 * 128  # of PPO in the experiments: as many demonstrations, on prompts that it does not hold out
 N_HABITS = 3000  # demonstrations of guessing and abstaining: fewer, and how often it abstains hangs on the name
 SIZES = [100, 300, 1000]  # of the SFT size curve, beside all
 DOSES = [0, 25, 50, 75]  # percent of unknown facts

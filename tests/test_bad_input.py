@@ -269,7 +269,7 @@ CASES = [  # script, {flag: value, or a file's content}, what the line must say
     (evaluate, dict(out=of_two_runs), "its checkpoints have different tokenizers; they must come from one base model"),
     (evaluate, dict(out="stream"), "stream: no base.pt, sft.pt or ppo.pt; `make` trains them"),
     (tokenizer, dict(tokenizer="bpe:²"), "use bpe:SIZE"),
-    (experiments, dict(job="dance"), "--job dance: use best_of, positive, measure"),
+    (experiments, dict(job="dance"), "--job dance: use best_of, measure"),
     (experiments, dict(), "folder: no seed is measured yet; run without --report"),
     *[(script, dict(), "out.jsonl: the log would go there, but it is no log of a run") for script in (pretrain, sft, reward, ppo)],
 ]
