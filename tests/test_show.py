@@ -2,6 +2,7 @@
 
 import os
 import pty
+import random
 import re
 import subprocess
 import sys
@@ -204,6 +205,26 @@ def test_the_reward_after_a_token_is_the_score_of_the_answer_cut_there(flags, ca
             ends.append(score)
             assert float(end.split()[1]) == score
         assert float(difference.split()[-1]) == pytest.approx(ends[0] - ends[1], abs=1.1e-4)
+
+
+def test_no_batch_depends_on_which_answer_was_preferred_or_how_long_it_is(flags, capsys, monkeypatch, tmp_path):
+    """Else a batch of like length holds one verdict only, and the last batches set the balance between verdicts."""
+    monkeypatch.setenv("COLUMNS", "5000")
+    shown = {"sft": [], "reward": []}
+    for seed in range(3):
+        rng = random.Random(seed)
+        pairs = [{"messages": [{"role": "user", "content": q}], "chosen": "no", "rejected": "I cannot say"} for q in QUESTIONS]
+        for pair in pairs:
+            if rng.random() < 0.5:
+                pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
+        common.write_jsonl(tmp_path / "reward.jsonl", pairs)
+        demonstrations = [p["messages"] + [{"role": "assistant", "content": p["chosen"]}] for p in pairs]
+        common.write_jsonl(tmp_path / "sft.jsonl", [{"messages": m} for m in demonstrations])
+        for stage in shown:
+            out = printed(stage, flags | {stage: flags[stage] | {"data": tmp_path / f"{stage}.jsonl"}}, capsys)
+            shown[stage].append(re.findall(r"<\|user\|>(\w+\?)", out.replace(" ", "")))
+    for stage, (first, *others) in shown.items():
+        assert len(first) == 3 and others == [first, first], stage
 
 
 def test_pretrainings_windows_are_the_streams_with_each_border_marked(flags, capsys):
