@@ -189,7 +189,7 @@ def read_weights(folder):
             weights |= safetensors.torch.load_file(folder / shard)
         except FileNotFoundError:
             common.die(f"{folder / shard}: no such file; weights must be safetensors (a pickled .bin could run code)")
-        except safetensors.SafetensorError as e:
+        except (safetensors.SafetensorError, OSError) as e:
             common.die(f"{folder / shard}: not readable as safetensors ({e}); download the file again")
     return {name: tensor for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")}
 

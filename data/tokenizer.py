@@ -90,8 +90,10 @@ class Tokenizer:
                 common.die(f"{source}: ids are not 0 .. {len(ids) - 1}, the special tokens among them; write the file with data/tokenizer.py")
             if foreign and not (specials.keys() >= set(foreign["text_tokens"]) and foreign["normal_form"] in NORMAL_FORMS):
                 raise ValueError("text_tokens or normal_form")
+            if foreign and regex.match(foreign["pattern"], ""):
+                raise ValueError("a pattern that matches the empty text")
             return cls(ranks, foreign)
-        except (ValueError, TypeError, AttributeError) as e:
+        except (ValueError, TypeError, AttributeError, regex.error) as e:
             common.die(f"{source}, line 1: rules that are none ({e}); write the file with convert.py")
 
 

@@ -345,3 +345,10 @@ def folder_ends_well(name_and_content):
 
 test_a_folder_from_elsewhere_ends_in_one_line_or_becomes_a_checkpoint = folders(folder_ends_well)
 test_a_folder_from_elsewhere_ends_in_one_line_or_becomes_a_checkpoint_at_length = long(folders, folder_ends_well)
+
+
+def test_what_the_fuzz_found_once_is_refused():
+    for pattern in ("", "|.", "(", "\\p{Nonsense}"):
+        damaged_tokenizer_ends_well(f"# {json.dumps(RULES | dict(pattern=pattern))}\n{TOKENIZER.dumps()}".encode())
+    for shard in ("", "."):
+        foreign_folder_ends_well("model.safetensors.index.json", json.dumps({"weight_map": {"embed": shard}}).encode())
