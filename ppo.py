@@ -254,17 +254,7 @@ def update(policy, critic, optimizers, batch, lr_factor, config):
 
 def load_prompts(path, tokenizer, config, block_size):
     """Token lists, the texts of the last user messages, and the numbers of the lines."""
-
-    def problem(record):
-        if wrong := conversation.check(record.get("messages")):
-            return wrong
-        if record["messages"][-1]["role"] != "user":
-            return "messages must end in a user message"
-        n = len(conversation.render_prompt(record["messages"], tokenizer))
-        if n + config.max_new_tokens > block_size:
-            return f"{n} tokens + {config.max_new_tokens} new ones do not fit in the model's {block_size}; shorten it or leave it out"
-
-    records = common.read_jsonl(path, problem)
+    records = common.read_jsonl(path, lambda r: conversation.check_prompt(r.get("messages"), tokenizer, config.max_new_tokens, block_size))
     prompts = [conversation.render_prompt(r["messages"], tokenizer) for r in records]
     return prompts, [r["messages"][-1]["content"] for r in records], [r.line for r in records]
 

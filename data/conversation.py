@@ -21,6 +21,18 @@ def check(messages):
     return None
 
 
+def check_prompt(messages, tokenizer: Tokenizer, max_new_tokens, block_size):
+    """What is wrong with messages that a model of block_size is to answer, or None."""
+    if wrong := check(messages):
+        return wrong
+    if messages[-1]["role"] != "user":
+        return "messages must end in a user message"
+    n = len(render_prompt(messages, tokenizer))
+    if n + max_new_tokens > block_size:
+        return f"{n} tokens + {max_new_tokens} new ones do not fit in the model's {block_size}; shorten it or leave it out"
+    return None
+
+
 def render(messages, tokenizer: Tokenizer):
     """messages -> (tokens, mask), two lists of one length; mask is 1 on the assistant's content and its <|end|>."""
     problem = check(messages)

@@ -45,7 +45,7 @@ def candidates(rng, person, attribute, sampled):
 
 def prefers(rng, first, second, sharpness):
     """Whether the labeller prefers the first of two utilities."""
-    return rng.random() < 1 / (1 + math.exp(-sharpness * (first - second)))
+    return rng.random() < (1 + math.tanh(sharpness * (first - second) / 2)) / 2  # the sigmoid, which exp would overflow
 
 
 def main():
@@ -54,7 +54,11 @@ def main():
     model, tokenizer = common.load_checkpoint(config.init, ["sft", "ppo"], GPT, device)
     grader = world.Grader(Path(config.data) / "people.jsonl")
     rng = random.Random(config.seed)
-    prompts = [r["messages"] for r in common.read_jsonl(Path(config.data) / config.prompts, lambda r: conversation.check(r.get("messages")))]
+
+    def problem(record):
+        return conversation.check_prompt(record.get("messages"), tokenizer, config.max_new_tokens, model.config.block_size)
+
+    prompts = [r["messages"] for r in common.read_jsonl(Path(config.data) / config.prompts, problem)]
     prompts = (rng.sample(prompts, len(prompts)) * math.ceil(config.pairs / len(prompts)))[: config.pairs]  # each once, then again
     pairs = []
     for start in range(0, len(prompts), 256):

@@ -220,6 +220,8 @@ class People:
         self.drawn = []
 
     def draw(self, rng, role):
+        if not self.grid:
+            common.die(f"all names are used up after {len(self.drawn):,} people; give fewer --prompts")
         person = {"name": self.grid.pop(), "role": role, "exposure": 0}
         for attribute, (values, *_) in ATTRIBUTES.items():
             first = HABITS.get(attribute, 1 / len(values))
@@ -400,6 +402,9 @@ def main():
     unknown = [people.draw(rng, role) for role, n in UNKNOWN_ROLES.items() for _ in range(n)]
     rng.shuffle(known)
     documents = corpus(rng, people, known, config.documents)
+    sft = sft_conversations(rng, known, lambda: people.draw(rng, "sft_unknown"))
+    prompts = ppo_prompts(rng, people, known, config.prompts)
+    habits = habit_prompts(rng, people, config.prompts // 2)
     n_val = len(documents) // 100
 
     tokenizer = data.tokenizer.train_bpe(documents[n_val : n_val + 20000], config.vocab_size)
@@ -410,10 +415,9 @@ def main():
         with common.atomic(out / f"{name}.bin") as f:
             f.write(np.array(ids, tokenizer.id_type).tobytes())
         print(f"{name}.bin: {len(part):,} documents, {len(ids):,} tokens")
-    sft = sft_conversations(rng, known, lambda: people.draw(rng, "sft_unknown"))
     common.write_jsonl(out / "sft.jsonl", [{"messages": m} for m in sft])
-    common.write_jsonl(out / "prompts.jsonl", ppo_prompts(rng, people, known, config.prompts))
-    common.write_jsonl(out / "habit_prompts.jsonl", habit_prompts(rng, people, config.prompts // 2))
+    common.write_jsonl(out / "prompts.jsonl", prompts)
+    common.write_jsonl(out / "habit_prompts.jsonl", habits)
     common.write_jsonl(out / "people.jsonl", people.drawn)  # last: make takes it for the whole folder
     print(f"{out}: {len(known)} known and {len(unknown)} unknown people; {len(people.grid):,} names left")
 

@@ -255,6 +255,8 @@ CASES = [  # script, {flag: value, or a file's content}, what the line must say
     (tokenizer, dict(tokenizer="bpe"), "use bpe:SIZE"),
     (world, dict(documents=-5), "--documents -5: must be at least 1"),
     (world, dict(vocab_size=10), "vocab_size 10 is below 256 bytes"),
+    (world, dict(documents=100, prompts=100_000), "all names are used up after 40,000 people; give fewer --prompts"),
+    (label, dict(max_new_tokens=10_000), "tokens . 10000 new ones do not fit in the model's"),
     (evaluate, dict(data=b'{"name": "A B"}\n'), "line 1: a person without role"),
     (pretrain, dict(data="sft.jsonl"), "sft.jsonl/tokenizer.tiktoken: cannot be read .*; check the path"),
     (pretrain, dict(data="no\nsuch folder"), "no such folder/tokenizer.tiktoken: no such file"),
