@@ -151,8 +151,9 @@ def hold_out(records, share):
 class Batches:
     """batches[step]: the indices of the step's rows, rows of like length together so that few pads are computed.
 
-    An epoch is shuffled, sorted by length within chunks of 16 batches, then its batches are shuffled. An
-    incomplete last batch is left out; which rows it would hold changes with the epoch. len: batches an epoch.
+    An epoch is shuffled, sorted by length within chunks of 16 batches, then its batches are shuffled. Lengths are those
+    of the prompts: sorted by answers a batch held one kind of answer, and the last batches set the balance between them
+    (right pairs of a reward model: 65%, by prompts 70%). An incomplete last batch is left out. len: batches an epoch.
     """
 
     def __init__(self, lengths, batch_size, seed):
