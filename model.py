@@ -45,19 +45,16 @@ class GPTConfig:
 
 
 def rope_table(config: GPTConfig):
-    """cos and +-sin of every position's rotation angles, each (block_size, D), float32; see rotate."""
+    """cos, sin of every position's rotation angles, each (block_size, D/2), float32."""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     angles = torch.arange(config.block_size)[:, None] * config.rope_theta**-half  # (block_size, D/2)
-    return torch.cat((angles.cos(), angles.cos()), 1), torch.cat((-angles.sin(), angles.sin()), 1)  # (block_size, D) each
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (arXiv 2104.09864), half-split: x (B, H, T, D), cos and sin (.., T, D).
-
-    The pair (x1, x2) in the two halves of D becomes (x1 cos - x2 sin, x2 cos + x1 sin); the table holds the signs.
-    """
-    swapped = x.roll(x.size(-1) // 2, dims=-1)  # x2, x1
-    return (x * cos + swapped * sin).to(x.dtype)
+    """Rotary positions (arXiv 2104.09864), half-split: x (B, H, T, D), cos and sin (.., T, D/2)."""
+    x1, x2 = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)  # (B, H, T, D)
 
 
 def attention(q, k, v, bias):
@@ -197,9 +194,9 @@ class GPT(nn.Module):
             slots = torch.arange(T, device=tokens.device)
         n_slots = T if cache is None else cache.k.size(3)
         positions = slots if n_pad is None else (slots - n_pad[:, None]).clamp(min=0)  # (T,) or (B, T)
-        cos, sin = self.cos[positions], self.sin[positions]  # (T, D) or (B, T, D)
+        cos, sin = self.cos[positions], self.sin[positions]  # (T, D/2) or (B, T, D/2)
         if n_pad is not None:
-            cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, D)
+            cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, D/2)
         bias = attention_bias(slots, n_slots, n_pad)  # (T, S) or (B, 1, T, S)
         x = self.embed(tokens)  # (B, T, C)
         for block in self.blocks:
