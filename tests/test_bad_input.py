@@ -268,7 +268,7 @@ CASES = [  # script, {flag: value, or a file's content}, what the line must say
     (ppo, dict(temperature=1e-40), "--temperature 1e-40: a greedy policy explores nothing"),
     (evaluate, dict(data="one_person.jsonl"), "too few people of the roles test, unknown_test and quiz"),
     (evaluate, dict(), "tokens of a question .* do not fit in the model's 32; pretrain with a longer --context"),
-    (evaluate, dict(out=of_two_runs), "its checkpoints have different tokenizers; they must come from one base model"),
+    (evaluate, dict(out=of_two_runs), "the tokenizers of .* differ; the checkpoints must come from one base model"),
     (evaluate, dict(out="stream"), "stream: no base.pt, sft.pt or ppo.pt; `make` trains them"),
     (tokenizer, dict(tokenizer="bpe:²"), "use bpe:SIZE"),
     (experiments, dict(job="dance"), "--job dance: use best_of, measure"),

@@ -133,8 +133,8 @@ class Moments:
         if report:
             real_save = common.save_checkpoint
 
-            def save(*args):
-                real_save(*args)
+            def save(*args, **made_by):
+                real_save(*args, **made_by)
                 sys.setprofile(None)
                 Path(report).write_text(json.dumps(self.counts))
 
