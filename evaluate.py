@@ -138,7 +138,7 @@ def measure_wordings(model, tokenizer, people):
     """Accuracy in the chat format for each wording of the questions, trained ones and held-out ones."""
     result = {}
     for held_out in (False, True):
-        facts, per_wording = all_facts(people)[::2], []
+        facts, per_wording = all_facts(people), []
         for k in range(len(world.questions(world.PUBLIC[0], held_out))):
             asked = [world.say(world.questions(a, held_out)[k], p, a) for p, a in facts]
             per_wording.append(shares(facts, answers(model, tokenizer, asked))["right"])
