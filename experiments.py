@@ -34,6 +34,7 @@ PENALTIES = {1: "true_reward", 2: "true_reward_2", 4: "true_reward_4"}  # what a
 HABIT_BETA = 0.1
 BEST_OF = 4
 PPO_STEPS = controls.N_EPISODES // 128
+PPO_FLAGS = f"--steps {PPO_STEPS} --lr 1e-4"  # of every PPO run whose samples are compared
 DOSE_STEPS = 20 * controls.N_FACTS // 32  # 20 passes: converged
 
 
@@ -43,7 +44,6 @@ class Config:
     seeds: int = 3  # how many
     workers: int = 2  # jobs at a time, each on one thread
     report: bool = False  # run nothing, write the tables
-    resume: str = ""  # a worker's, whose job was interrupted
     job: str = ""  # what a worker does in its seed's folder: best_of or measure
     device: str = "auto"  # auto, cpu, cuda or mps
     seed: int = 0  # a worker's
@@ -62,7 +62,7 @@ def jobs():
         ("out/sft.pt", "sft.py --init out/base.pt --out out/sft.pt"),
         ("data/world/preferences.jsonl", "-m data.label --init out/sft.pt"),
         ("out/reward.pt", "reward.py --init out/sft.pt --data data/world/preferences.jsonl --out out/reward.pt"),
-        ("out/ppo.pt", f"ppo.py --init out/sft.pt --reward out/reward.pt --out out/ppo.pt --steps {PPO_STEPS} --lr 1e-4"),
+        ("out/ppo.pt", f"ppo.py --init out/sft.pt --reward out/reward.pt --out out/ppo.pt {PPO_FLAGS}"),
     ]
 
     def sft(name, flags="", init="base"):
@@ -73,10 +73,10 @@ def jobs():
     for name in ["sft_shuffled"] + [f"sft_{n}" for n in controls.SIZES]:
         sft(name)
     # 4 and 5b: the same number of samples spent in other ways, from one SFT checkpoint
-    for name, flags in ("ppo_true", ""), ("ppo_true_positive", "--min_score 0"):
-        plan.append((f"out/{name}.pt", f"ppo.py --init out/sft.pt --out out/{name}.pt --reward data.world:true_reward --steps {PPO_STEPS} --lr 1e-4 {flags}"))
-    for name, flags in ("ppo_margin", ""), ("ppo_margin_positive", "--min_score 0"):
-        plan.append((f"out/{name}.pt", f"ppo.py --init out/sft.pt --out out/{name}.pt --reward experiments:margin --steps {PPO_STEPS} --lr 1e-4 {flags}", "out/reward.pt"))
+    for name, reward in ("ppo_true", "data.world:true_reward"), ("ppo_margin", "experiments:margin"):
+        for suffix, flags in ("", ""), ("_positive", "--min_score 0"):
+            target = f"out/{name}{suffix}.pt"
+            plan.append((target, f"ppo.py --init out/sft.pt --out {target} --reward {reward} {PPO_FLAGS} {flags}", "out/reward.pt"))
     sft("demos", init="sft")
     sft("demos_idk", init="sft")
     plan.append((f"{files}/best_of.jsonl", "experiments.py --job best_of", "out/reward.pt"))
@@ -88,10 +88,10 @@ def jobs():
             sft(f"dose_{dose}{kind}", f"{until_fitted} --eval_every 75 --steps {DOSE_STEPS}")
         sft(f"dose_{dose}_early", f"{until_fitted} --steps {DOSE_STEPS // 10}")
     # 5c: abstention against the exactly known probability of being right; labels by Bradley and Terry's model
-    # with the plain utilities. The reference abstains in 3 of 10 cases, at random: PPO can only weigh what gets sampled.
-    # At twice the learning rate it abstains for good from what is right in 60%, before it has found out which guess is
+    # with the plain utilities. The reference abstains in 3 of 10 cases, at random: PPO can only weigh what gets sampled
     sft("habit_ref", "--val_share 0", init="sft")
     for c, function in PENALTIES.items():
+        # At twice this learning rate PPO abstains for good from what is right in 60%, before it has found out which guess is
         pairs, flags = f"data/world/habit_pairs_{c}.jsonl", f"--data data/world/habit_prompts.jsonl --steps 40 --lr 1.5e-4 --beta {HABIT_BETA}"
         plan += [
             (pairs, f"-m data.label --init out/habit_ref.pt --prompts habit_prompts.jsonl --out {pairs} --pairs 6700 --penalty {c} --sharpness 1"),

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -52,6 +53,14 @@ def flags(tmp_path_factory):
         flags[stage] |= common_flags | dict(out=out / f"{stage}.pt")
         run(module, flags[stage])
     return flags
+
+
+def test_each_prompt_is_labelled_once_before_any_is_labelled_twice(flags):
+    prompts = common.read_jsonl(flags["ppo"]["data"], lambda r: None)
+    pairs = common.read_jsonl(flags["reward"]["data"], lambda r: None)
+    times = Counter(pair["messages"][0]["content"] for pair in pairs)
+    written = Counter(prompt["messages"][0]["content"] for prompt in prompts)  # a question may stand there more than once
+    assert len(pairs) > 100 and all(n <= math.ceil(300 / len(prompts)) * written[question] for question, n in times.items())
 
 
 @pytest.mark.parametrize("stage", STAGES)
