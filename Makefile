@@ -14,7 +14,7 @@ CORE := model.py common.py loop.py parallel.py data/tokenizer.py
 WORLD := data/world/people.jsonl
 
 # Threads that wait spin only briefly, then sleep: as fast on free cores, several times faster where one is busy with something else.
-export GOMP_SPINCOUNT ?= 1000
+export GOMP_SPINCOUNT ?= 10000
 # glibc keeps freed memory. By default it gives large blocks back and faults them in again within each step: a sixth of pretraining's time.
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 2147483648
