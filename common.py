@@ -79,12 +79,22 @@ def setup(config):
         if getattr(config, flag, 0) % parallel.size:
             die(f"--{flag} {getattr(config, flag)}: cannot be split evenly over {parallel.size} processes")
     parallel.start(device)
+    sys.excepthook = lambda *error: report_uncaught(config, *error)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     processes = f" x {parallel.size} processes" * (parallel.size > 1)
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     print(f"device {device}{threads}{processes}, seed {config.seed}")
     return device
+
+
+def report_uncaught(config, kind, error, traceback):
+    """One line where memory does not suffice, the first thing to go wrong on a GPU; a traceback for all else, which is a bug."""
+    memory = issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    if not memory or "--debug" in sys.argv:
+        return sys.__excepthook__(kind, error, traceback)
+    flags = [f"--{name}" for name in ("micro_batch_size", "batch_size", "block_size") if hasattr(config, name)]
+    print("error: out of memory" + f"; less is needed with a smaller {' or '.join(flags)}" * bool(flags), file=sys.stderr)
 
 
 def autocast(device):

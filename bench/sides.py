@@ -196,7 +196,10 @@ class TRL:
     def __init__(self, python, size):
         command = [python, Path(__file__).with_name("trl_side.py"), json.dumps(size)]
         env = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        try:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        except OSError as e:
+            common.die(f"--trl_python {python}: {e.strerror}; give the interpreter of an environment with trl==1.12.0")
         self.wait()
 
     def wait(self):

@@ -57,8 +57,7 @@ def report(title, samples, columns=lambda start, end: {}):
     for start, end in itertools.pairwise(np.linspace(0, total, ROWS + 1)):
         largest.append(max((mb for t, mb in samples if start <= t <= end), default=math.nan))
         rows.append({"minutes": f"{start / 60:.1f} to {end / 60:.1f}", "largest RSS, MB": f"{largest[-1]:.1f}"} | columns(start, end))
-    slope, _ = np.polyfit(*zip(*[(t / 3600, mb) for t, mb in samples if t >= total / ROWS]), 1)
-    print(f"\n{title}\n\n{evaluate.table(list(rows[0]), [list(row.values()) for row in rows])}\nslope without the first row: {slope:+.2f} MB an hour")
+    print(f"\n{title}\n\n{evaluate.table(list(rows[0]), [list(row.values()) for row in rows])}")
     return largest[-1] / largest[1]
 
 

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -376,6 +377,23 @@ def test_where_the_checkpoint_does_not_fit_on_the_disk_all_that_was_there_stays(
 def test_where_the_log_does_not_fit_on_the_disk_the_run_stops(made, tmp_path):
     code, output = run("sft", flags(made, "sft", tmp_path / "sft.pt"), (limit_file_size, 150))
     assert code == 1 and "sft.jsonl: cannot be written (File too large)" in error_line(output)
+
+
+# ---- too little memory
+
+
+def test_a_batch_that_memory_cannot_hold_is_one_line_that_says_what_to_lower(made, tmp_path):
+    out = tmp_path / "base.pt"
+    out.write_bytes(b"the result of an earlier run")
+    argv = command("pretrain", flags(made, "pretrain", out, batch_size=40_000))[1:]
+    program = """import resource, pretrain
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30,) * 2)
+pretrain.main()"""
+    done = subprocess.run([sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert error_line(done.stderr) == "error: out of memory; less is needed with a smaller --batch_size or --block_size"
+    assert out.read_bytes() == b"the result of an earlier run"
 
 
 # ---- NaN
