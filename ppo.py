@@ -221,6 +221,7 @@ def rollout(policy, ref, critic, score, prompts, texts, tokenizer, config):
         entropy=parallel.total(entropy * (mine[1].sum() / mask.sum())).item(),  # nats a token
         length=mask.sum(1).float().mean().item(),
         no_end=1 - ended.float().mean().item(),
+        non_pad=(tokens != tokenizer.pad).float().mean().item(),  # share of the batch
     )
     batch = dict(tokens=tokens, mask=mask, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores)
     return batch, figures, (t1 - t0, time.time() - t1)

@@ -123,7 +123,8 @@ def main():
 
         if (step + 1) % config.eval_every == 0 or step + 1 == steps:
             val_loss = {"val_loss": validate(model, val, tokenizer.pad, device)} if val else {}
-            log(step + 1, train_loss=parallel.total(loss).item(), **val_loss, grad_norm=grad_norm.item(), trained_share=mask.float().mean().item())
+            shares = dict(trained=mask.float().mean().item(), non_pad=(tokens != tokenizer.pad).float().mean().item())  # of the batch
+            log(step + 1, train_loss=parallel.total(loss).item(), **val_loss, grad_norm=grad_norm.item(), **shares)
     common.save_checkpoint(config.out, "sft", model, tokenizer, config)
 
 

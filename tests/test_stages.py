@@ -1,5 +1,6 @@
 """Every stage from end to end on a tiny world: what it writes, that it repeats itself exactly, that it resumes exactly."""
 
+import functools
 import json
 import math
 import os
@@ -53,6 +54,23 @@ def flags(tmp_path_factory):
         flags[stage] |= common_flags | dict(out=out / f"{stage}.pt")
         run(module, flags[stage])
     return flags
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_batches_of_many_shapes_compile_nothing_after_the_first_steps(flags, tmp_path, monkeypatch, stage):
+    """Each graph is noted with the steps logged before it; 12 steps bring 3 to 12 shapes."""
+    log, before = tmp_path / "compiled.jsonl", []
+
+    def backend(graph, inputs):
+        before.append(log.read_text().count("\n") if log.exists() else 0)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    every = "log_every" if stage == "ppo" else "eval_every"
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # it would go on uncompiled
+        run(STAGES[stage], flags[stage] | {every: 1, "steps": 12, "compile": True, "out": log.with_suffix(".pt")})
+    assert before and max(before) <= 4
 
 
 def test_each_prompt_is_labelled_once_before_any_is_labelled_twice(flags):
