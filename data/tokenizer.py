@@ -29,6 +29,7 @@ import common
 BPE_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 CHAR_PATTERN = r"(?s:.)"
 SPECIAL_TOKENS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|pad|>")
+PROBE = "".join(map(chr, range(0x250))) + " 東京 😀\n"  # what a tokenizer from elsewhere must split without a loss
 NORMAL_FORMS = (None, "NFC", "NFD", "NFKC", "NFKD")
 # GPT-2's order of the 256 bytes, printable ones first. Ids break ties between equally frequent pairs, so
 # with this order the merges equal those of the `tokenizers` library.
@@ -90,8 +91,10 @@ class Tokenizer:
                 common.die(f"{source}: ids are not 0 .. {len(ids) - 1}, the special tokens among them; write the file with data/tokenizer.py")
             if foreign and not (specials.keys() >= set(foreign["text_tokens"]) and foreign["normal_form"] in NORMAL_FORMS):
                 raise ValueError("text_tokens or normal_form")
-            if foreign and regex.match(foreign["pattern"], ""):
-                raise ValueError("a pattern that matches the empty text")
+            if foreign:
+                pieces = [match.group() for match in regex.finditer(foreign["pattern"], PROBE)]
+                if "" in pieces or "".join(pieces) != PROBE:
+                    raise ValueError("a pattern that leaves out text, or matches where there is none")
             return cls(ranks, foreign)
         except (ValueError, TypeError, AttributeError, regex.error) as e:
             common.die(f"{source}, line 1: rules that are none ({e}); write the file with convert.py")

@@ -348,7 +348,7 @@ test_a_folder_from_elsewhere_ends_in_one_line_or_becomes_a_checkpoint_at_length 
 
 
 def test_what_the_fuzz_found_once_is_refused():
-    for pattern in ("", "|.", "(", "\\p{Nonsense}"):
+    for pattern in ("", "|.", "(", "\\p{Nonsense}", "0", "\\w+"):
         damaged_tokenizer_ends_well(f"# {json.dumps(RULES | dict(pattern=pattern))}\n{TOKENIZER.dumps()}".encode())
     for shard in ("", "."):
         foreign_folder_ends_well("model.safetensors.index.json", json.dumps({"weight_map": {"embed": shard}}).encode())
