@@ -106,12 +106,13 @@ class Row:
 
 
 def pretraining_rows(s, config, device):
-    """Steps a second of pretrain.py's loop and of the plain one, on the same batch."""
-    batch = sides.random_batch(s.model, s.T, s.batch, device)
+    """Tokens a second of pretrain.py's loop and of the plain one, on the same batch, 4 steps in a turn."""
+    batch, n_steps = sides.random_batch(s.model, s.T, s.batch, device), 4
     steppers = {"plain": sides.plain_stepper(s.model, s.T, 10**6, device), "Muon": sides.our_stepper(s.model, s.T, 10**6, device)}
     steppers["AdamW"] = sides.our_stepper(s.model, s.T, 10**6, device, muon_lr=0.0)
-    seconds = sides.take_turns(config.repetitions, {name: lambda step=step: step(*batch, 0) for name, (_, step) in steppers.items()})
-    n_params, amount = steppers["AdamW"][0].n_params(), s.batch * s.T
+    turns = {name: lambda step=step: [step(*batch, i) for i in range(n_steps)] for name, (_, step) in steppers.items()}
+    seconds = sides.take_turns(config.repetitions, turns)
+    n_params, amount = steppers["AdamW"][0].n_params(), s.batch * s.T * n_steps
     work = f"pretraining step, {s.model['n_layer']} layers, {s.model['n_embd']} wide, T {s.T}, batch {s.batch}"
     against = "plain GPT, SDPA, " + ("bfloat16, compiled" if device.type == "cuda" else "float32") + ", AdamW"
     for name in ("AdamW", "Muon"):
