@@ -260,7 +260,7 @@ def growth_tables(s, config, device):
 
 
 def markdown(columns):
-    lines = [list(columns), ["---"] * len(columns)] + [[f"{x:.4g}" for x in row] for row in zip(*columns.values())]
+    lines = [list(columns), ["---"] * len(columns)] + [[str(x) if isinstance(x, int) else f"{x:.4g}" for x in row] for row in zip(*columns.values())]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -273,10 +273,13 @@ def draw(path, tables):
     figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
     for ax, (title, columns) in zip(axes.flat, tables):
         (x_name, x), (y_name, y), *rest = columns.items()
-        ax.loglog(x, y, "o-", label=y_name)
-        if rest:
-            ax.loglog(x, rest[0][1], "s--", label=rest[0][0])
-        ax.set(title=title, xlabel=x_name, xticks=x, xticklabels=x)
+        for (name, values), style in zip([(y_name, y), *rest[:1]], ("o-", "s--")):
+            ax.loglog(x, values, style, label=name)
+            for at, value in zip(x, values):
+                text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+                ax.annotate(text, (at, value), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)
+        ax.margins(0.1, 0.15)
+        ax.set(title=title, xlabel=x_name, xticks=x, xticklabels=x, yticks=[])
         ax.minorticks_off()
         ax.legend()
     for ax in axes.flat[len(tables) :]:
