@@ -14,7 +14,7 @@ CORE := model.py common.py loop.py parallel.py data/tokenizer.py
 WORLD := data/world/people.jsonl
 
 # Threads that wait spin only briefly, then sleep. Where a core is busy with something else, ten times as long costs four times the time,
-# and the default a hundred times; on free cores training is as fast and generation a sixth slower.
+# and the default forty times; on free cores training is as fast and generation a sixth slower.
 export GOMP_SPINCOUNT ?= 1000
 # glibc keeps freed memory. By default it gives large blocks back and faults them in again within each step: a sixth of pretraining's time.
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824

@@ -260,7 +260,8 @@ def growth_tables(s, config, device):
 
 
 def markdown(columns):
-    lines = [list(columns), ["---"] * len(columns)] + [[str(x) if isinstance(x, int) else f"{x:.4g}" for x in row] for row in zip(*columns.values())]
+    rows = [[str(x) if isinstance(x, int) else f"{x:.4g}" for x in row] for row in zip(*columns.values())]
+    lines = [list(columns), ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
