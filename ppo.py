@@ -298,9 +298,9 @@ def main():
         return run([train[i] for i in batches[step]], step + 1)
 
     def validate(step):
-        """Logs score and KL on the held-out prompts, with the same random draws each time."""
+        """Score and KL on the held-out prompts, with the same random draws each time."""
         torch.manual_seed(config.seed)
-        log(step, **{f"val_{name}": value for name, value in run(val, step)[1].items()})
+        return {f"val_{name}": value for name, value in run(val, step)[1].items()}
 
     if config.show:
         for step in range(2):  # in the first iteration the policy is still its own reference, and every kl 0
@@ -313,10 +313,11 @@ def main():
 
     state = torch.nn.Module()  # what changes during the run beside the networks, in a form that can be saved
     state.register_buffer("beta", torch.tensor(config.beta, dtype=torch.float64))
+    initial = validate(0) if n_val and not config.resume else {}  # before the log is opened: a reward function that fails costs no earlier log
     parts = dict(policy=policy, critic=critic, policy_optimizer=optimizers[0], critic_optimizer=optimizers[1], state=state)
     for step in loop.train_steps(config, config.steps, parts, log):
         if step == 0 and n_val:
-            validate(0)
+            log(0, **initial)
         batch, figures, (generate_s, score_s) = run_step(step)
         start = time.time()
         batch = credit(batch, state.beta, config)
@@ -332,7 +333,7 @@ def main():
             seconds["episodes_per_s"] = config.batch_size / sum(seconds.values())
             log(step + 1, **figures, **diagnostics, explained_variance=explained_variance, beta=state.beta.item(), **seconds)
     if n_val:
-        validate(config.steps)
+        log(config.steps, **validate(config.steps))
     batch = credit(run_step(config.steps)[0], state.beta, config)  # one more rollout, for the report's picture of its credit
     common.save_checkpoint(config.out, "ppo", policy, tokenizer, config, episodes=show.extremes(batch, tokenizer))
 

@@ -306,10 +306,12 @@ def test_bad_input_is_one_clear_line_and_overwrites_nothing(made, tmp_path, monk
 def test_a_reward_function_that_returns_no_scores_is_refused(made, tmp_path, monkeypatch, returned):
     module = f"rewards_{abs(hash(returned))}"
     (tmp_path / f"{module}.py").write_text(f"def f(prompts, responses):\n    return {returned}\n")
+    (tmp_path / "out.jsonl").write_text('{"step": 1, "of": "an earlier run"}\n')
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=f"^error: --reward {module}:f: .*; needed: 4 finite floats, one a response") as error:
         run(ppo, flags(made, ppo, tmp_path / "out.pt") | dict(reward=f"{module}:f", val_prompts=4))
     assert "\n" not in str(error.value)
+    assert "an earlier run" in (tmp_path / "out.jsonl").read_text()
 
 
 def test_an_iteration_of_one_episode_and_one_held_out_prompt_has_no_standard_error_but_runs(made, tmp_path):
