@@ -234,7 +234,7 @@ def main():
         if (step + 1) % config.eval_every == 0 or step + 1 == steps:
             margin = parallel.total((chosen - rejected).mean() / parallel.size).item()
             held_out = validate(model, val, tokenizer.pad, device)
-            tokens, _ = collate([answer for i in rows for answer in train[i]], tokenizer.pad, device)  # (2B, T)
+            tokens, _ = collate([answer for i in batches[step] for answer in train[i]], tokenizer.pad, device)  # (2B, T)
             non_pad = (tokens != tokenizer.pad).float().mean().item()  # share of the batch
             log(step + 1, train_loss=parallel.total(loss).item(), **held_out, margin=margin, grad_norm=grad_norm.item(), non_pad=non_pad)
     torch.manual_seed(config.seed)
