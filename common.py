@@ -89,12 +89,13 @@ def setup(config):
 
 
 def report_uncaught(config, kind, error, traceback):
-    """One line where memory does not suffice, the first thing to go wrong on a GPU; a traceback for all else, which is a bug."""
+    """One line for Ctrl-C outside of a run's steps and for memory that does not suffice; a traceback for all else, which is a bug."""
     memory = issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-    if not memory or "--debug" in sys.argv:
+    if "--debug" in sys.argv or not (memory or kind is KeyboardInterrupt):
         return sys.__excepthook__(kind, error, traceback)
     flags = [f"--{name}" for name in ("micro_batch_size", "batch_size", "block_size") if hasattr(config, name)]
-    print("error: out of memory" + f"; less is needed with a smaller {' or '.join(flags)}" * bool(flags), file=sys.stderr)
+    remedy = f"; less is needed with a smaller {' or '.join(flags)}" if flags else ""
+    print(f"error: out of memory{remedy}" if memory else "error: interrupted; no file is half-written", file=sys.stderr)
 
 
 def autocast(device):

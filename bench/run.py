@@ -1,4 +1,4 @@
-"""Speed, measured side by side with what users would pick instead, and how cost grows with the work: out/bench.md and out/bench.png.
+"""Speed, measured side by side with what users would pick instead, and how cost grows with the work: out/bench.md and a picture for each device.
 
     python -m bench.run                                           # all rows that need no one else's code
     python -m bench.run --shakespeare data/shakespeare --trl_python path/to/python --rows generation PPO
@@ -83,6 +83,10 @@ QUICK = Sizes(
 )
 
 
+def rounded(x):
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
 @dataclass
 class Row:
     """One line of the report: seconds of the same work on both sides, and how many units of it that was."""
@@ -98,7 +102,7 @@ class Row:
 
     def __str__(self):
         shown = [s if self.unit == "s" else self.amount / s for s in (self.ours, self.theirs)]
-        figures = " | ".join(f"{x:,.0f} {self.unit}" if x >= 100 else f"{x:.3g} {self.unit}" for x in shown)
+        figures = " | ".join(f"{rounded(x)} {self.unit}" for x in shown)
         return f"| {self.work} | {self.against} | {figures} | **{self.theirs / self.ours:.2f}×** | {self.goal}× | {self.note} |"
 
 
@@ -277,8 +281,7 @@ def draw(path, tables):
         for (name, values), style in zip([(y_name, y), *rest[:1]], ("o-", "s--")):
             ax.loglog(x, values, style, label=name)
             for at, value in zip(x, values):
-                text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-                ax.annotate(text, (at, value), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)
+                ax.annotate(rounded(value), (at, value), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)
         ax.margins(0.1, 0.15)
         ax.set(title=title, xlabel=x_name, xticks=x, xticklabels=x, yticks=[])
         ax.minorticks_off()

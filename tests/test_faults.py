@@ -233,6 +233,17 @@ def test_a_kill_between_two_renames_leaves_a_state_to_resume_from(made, tmp_path
     assert is_same(out, uninterrupted("sft")[0])
 
 
+def test_ctrl_c_before_the_first_step_is_one_line_and_costs_no_earlier_file(made, tmp_path):
+    (tmp_path / "rewards.py").write_text("import signal\n\n\ndef f(prompts, responses):\n    signal.raise_signal(signal.SIGINT)\n")
+    before = {"ppo.pt": b"the result of an earlier run", "ppo.jsonl": b'{"step": 1, "of": "an earlier run"}\n'}
+    for name, content in before.items():
+        (tmp_path / name).write_bytes(content)
+    argv = command("ppo", flags(made, "ppo", tmp_path / "ppo.pt", reward="rewards:f"))[1:]
+    done = subprocess.run([sys.executable, ROOT / "ppo.py", *argv], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and error_line(done.stderr) == "error: interrupted; no file is half-written"
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
 # ---- damaged states
 
 
