@@ -1,22 +1,30 @@
-# make              set up, then the whole recipe: world -> tokenizer -> pretrain -> SFT -> reward model -> PPO -> out/report.md
-# make test         set up, then the tests
-# make experiments  every claim with its control on three seeds, about an hour on 2 cores; goes on where it was interrupted
-# make bench        speed against what users would pick instead, and how cost grows: out/bench.md; BENCH=--help lists its flags
-# make test-faults  set up, then what takes longer: 20 kills a stage, and damaged files for 5 minutes (FUZZ_SECONDS=300)
-# make clean        remove out/ and the default world; the virtual environment stays
+# make              set up, then the whole recipe: world, pretraining, SFT, reward model, PPO, report
+# make test         set up, then style and tests
+# make experiments  every claim with its control on three seeds; goes on where it was interrupted
+# make bench        speed against what users would pick instead: out/bench.md; BENCH=--help
+# make test-faults  set up, then what takes longer: kills and damaged files (FUZZ_SECONDS=300)
+# make clean        remove out/; the virtual environment stays
 # make CHECK=--check   the same as make, and fails where a figure of the report is below its floor
-# Each stage reruns only when its script, the code it uses or its input changed.
+# A stage reruns only when its input, its script or a file that it imports has changed.
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-CORE := model.py common.py loop.py parallel.py data/tokenizer.py
-WORLD := data/world/people.jsonl
 
-# Threads that wait spin only briefly, then sleep. Where a core is busy with something else, ten times as long costs four times the time,
-# and the default forty times; on free cores training is as fast and generation a sixth slower.
+# What the scripts import (tests/test_layout.py holds these lists against the imports).
+UTILS := utils/cli.py utils/files.py
+WORLD := world/generate.py world/facts.py data/tokenizer.py $(UTILS)
+LOAD := model.py train/checkpoint.py train/device.py train/parallel.py $(UTILS) \
+	data/tokenizer.py data/conversation.py data/examples.py
+TRAIN := train/batches.py train/loop.py train/optim.py train/show.py $(LOAD)
+GRADE := world/grade.py world/facts.py
+
+# Threads that wait spin briefly, then sleep. Where a core is busy with something else, ten times
+# as long costs four times the time, and the default forty times; on free cores generation is a
+# sixth slower, training as fast.
 export GOMP_SPINCOUNT ?= 1000
-# glibc keeps freed memory. By default it gives large blocks back and faults them in again within each step: a sixth of pretraining's time.
+# glibc gives large freed blocks back and faults them in again within each step: a sixth of
+# pretraining's time. So let it keep them.
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 2147483648
 
@@ -33,49 +41,63 @@ $(VENV)/ready-test: requirements-test.txt $(VENV)/ready
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
-$(WORLD): data/world.py data/tokenizer.py common.py | $(VENV)/ready
-	$(RUN) -m data.world
+# A file of the world keeps its time where its content stays the same: an edit of SFT's wordings
+# does not retrain the base model.
+out/world/made: $(WORLD) | $(VENV)/ready
+	$(RUN) -m world.generate
+	touch $@
 
-out/base.pt: $(WORLD) pretrain.py $(CORE) | $(VENV)/ready
+out/world/train.bin out/world/sft.jsonl out/world/prompts.jsonl out/world/people.jsonl: \
+		out/world/made ;
+
+out/base.pt: out/world/train.bin pretrain.py $(TRAIN) | $(VENV)/ready
 	$(RUN) pretrain.py
 
-out/sft.pt: out/base.pt sft.py data/conversation.py | $(VENV)/ready
+out/sft.pt: out/base.pt out/world/sft.jsonl sft.py $(TRAIN) | $(VENV)/ready
 	$(RUN) sft.py
 
-data/world/preferences.jsonl: out/sft.pt data/label.py | $(VENV)/ready
-	$(RUN) -m data.label
+out/world/preferences.jsonl: out/sft.pt out/world/prompts.jsonl out/world/people.jsonl \
+		world/label.py $(GRADE) $(LOAD) | $(VENV)/ready
+	$(RUN) -m world.label
 
-out/reward.pt: data/world/preferences.jsonl reward.py | $(VENV)/ready
+out/reward.pt: out/world/preferences.jsonl out/sft.pt reward.py $(TRAIN) | $(VENV)/ready
 	$(RUN) reward.py
 
-out/ppo.pt: out/reward.pt ppo.py | $(VENV)/ready
+out/ppo.pt: out/reward.pt out/sft.pt out/world/prompts.jsonl ppo.py reward.py \
+		train/reward_function.py $(TRAIN) | $(VENV)/ready
 	$(RUN) ppo.py
 
-out/report.md: out/ppo.pt evaluate.py | $(VENV)/ready
-	$(RUN) evaluate.py $(CHECK)
+out/report.md: out/ppo.pt out/reward.pt out/sft.pt out/base.pt out/world/people.jsonl \
+		lab/report.py lab/measure.py lab/plots.py lab/claims.py lab/controls.py \
+		reward.py world/generate.py $(GRADE) $(TRAIN) | $(VENV)/ready
+	$(RUN) -m lab.report $(CHECK)
 
 test: $(VENV)/ready-test
 	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
 	$(RUN) -m pytest -q tests
 
 test-faults: $(VENV)/ready-test
 	$(RUN) -m pytest -q -m faults tests
 
 experiments: | $(VENV)/ready
-	$(RUN) experiments.py
+	$(RUN) -m lab.experiments
 
-# Rows that need TRL or tiny Shakespeare are left out where neither was there before nor a network brings it.
+# Rows that need TRL or tiny Shakespeare are left out where neither was there before nor a network
+# brings it.
 .venv-trl/ready: requirements-test.txt
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch trl==1.12.0
 	touch $@
 
+SHAKESPEARE := out/shakespeare
 bench: export GOMP_SPINCOUNT = 10000
 bench: $(VENV)/ready-test
 	-$(MAKE) .venv-trl/ready
-	-test -e data/shakespeare/val.bin || $(RUN) -m data.fetch text shakespeare --out data/shakespeare
-	$(RUN) -m bench.run $$(test ! -e .venv-trl/ready || echo --trl_python .venv-trl/bin/python) \
-		$$(test ! -e data/shakespeare/val.bin || echo --shakespeare data/shakespeare) $(BENCH)
+	-test -e $(SHAKESPEARE)/val.bin || $(RUN) -m data.fetch text shakespeare --out $(SHAKESPEARE)
+	$(RUN) -m bench.run $(BENCH) \
+		$$(test ! -e .venv-trl/ready || echo --trl_python .venv-trl/bin/python) \
+		$$(test ! -e $(SHAKESPEARE)/val.bin || echo --shakespeare $(SHAKESPEARE))
 
 clean:
-	rm -rf out data/world
+	rm -rf out

@@ -1,17 +1,19 @@
 """Talk to a checkpoint, or put the same questions to several.
 
-    python chat.py                                                  # out/ppo.pt
+    python chat.py                                               # out/ppo.pt
     python chat.py --model out/sft.pt --temperature 0
-    python chat.py --compare out/base.pt out/sft.pt out/ppo.pt      # answers side by side
-    echo "Where was Mira Tolvan born?" | python chat.py             # one answer a line
+    python chat.py --compare out/base.pt out/sft.pt out/ppo.pt   # answers side by side
+    echo "Where was Covo Dronard born?" | python chat.py         # one answer a line
 
-/model PATH  another checkpoint goes on     /temperature 0.7     /system TEXT  a system message, empty to remove
-/reset  forget the conversation     /raw  continue text instead of chatting, and back     /help     /quit
+/model PATH  continue with another checkpoint     /temperature 0.7     /help     /quit
+/system TEXT  set a system message, empty to remove it     /reset  forget the conversation
+/raw  continue text instead of chatting, and back
 Ctrl-C stops an answer, Ctrl-D ends the program.
 """
 
 import codecs
 import contextlib
+import importlib
 import itertools
 import shutil
 import signal
@@ -21,12 +23,12 @@ from dataclasses import dataclass
 
 import torch
 
-import common
-import show
 from data import conversation
 from model import GPT
-
-STAGES = ["base", "sft", "ppo"]
+from train import show
+from train.checkpoint import load_checkpoint
+from train.device import autocast, setup
+from utils.cli import die, parse_config
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Config:
     compare: tuple = ()  # several checkpoints, which answer side by side instead
     temperature: float = 0.7  # 0: the most likely token each time
     top_k: int = 50  # sample among this many tokens; 0: all
-    top_p: float = 0.95  # sample among the most likely tokens that have this probability together
+    top_p: float = 0.95  # sample among the likeliest tokens that together have this probability
     max_new_tokens: int = 64  # longest answer
     device: str = "auto"  # auto, cpu, cuda or mps
     seed: int = 0  # of the sampling
@@ -50,63 +52,84 @@ class Chat:
 
     def __init__(self, path, device):
         self.path = path
-        self.model, self.tokenizer = common.load_checkpoint(path, STAGES, GPT, device)
+        self.model, self.tokenizer = load_checkpoint(path, ["base", "sft", "ppo"], GPT, device)
         self.messages, self.system = [], []
 
     def prompt(self, text, raw, room):
-        """At most room token ids to continue, or None if the question alone has more. Forgets the oldest turns to make room."""
+        """At most room token ids to continue; None if the question alone has more.
+
+        Forgets the oldest turns to make room.
+        """
         if raw:
             return ([self.tokenizer.end] + self.tokenizer.encode(text))[-room:]
+        question = {"role": "user", "content": text}
         for n_dropped in range(len(self.messages) // 2 + 1):
             kept = self.messages[2 * n_dropped :]
-            tokens = conversation.render_prompt(self.system + kept + [{"role": "user", "content": text}], self.tokenizer)
+            tokens = conversation.render_prompt([*self.system, *kept, question], self.tokenizer)
             if len(tokens) <= room:
                 if n_dropped:
-                    notice(f"the context is full: forgot the oldest {n_dropped} turn{'s' * (n_dropped > 1)}")
+                    turns = "turn" if n_dropped == 1 else "turns"
+                    notice(f"the context is full: forgot the oldest {n_dropped} {turns}")
                 self.messages = kept
                 return tokens
         notice(f"too long: the model reads {room} tokens at most")
 
     def answer(self, text, raw, config, write):
-        """Generates an answer, handing pieces of text to write as they come; Ctrl-C stops it. Returns the whole."""
-        max_new_tokens = min(config.max_new_tokens, self.model.config.block_size // 2)
-        tokens = self.prompt(text, raw, self.model.config.block_size - max_new_tokens)
+        """Generates an answer, whose pieces write gets as they come; Ctrl-C stops it."""
+        block_size = self.model.config.block_size
+        max_new_tokens = min(config.max_new_tokens, block_size // 2)
+        tokens = self.prompt(text, raw, block_size - max_new_tokens)
         if tokens is None:
             return ""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be split over tokens
+        # a character may be split over tokens
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         pieces = []
-
-        def say(data, final=False):
-            pieces.append(decoder.decode(data, final))
-            write(pieces[-1])
 
         def on_token(ids):
             if ids[0] != self.tokenizer.end:
-                say(self.tokenizer.encoding.decode_single_token_bytes(ids[0]))
+                token = self.tokenizer.encoding.decode_single_token_bytes(ids[0])
+                pieces.append(decoder.decode(token))
+                write(pieces[-1])
 
         sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+        sampling |= dict(end_id=self.tokenizer.end, on_token=on_token)
         try:
-            with common.autocast(self.model.device):
-                self.model.generate([tokens], max_new_tokens, **sampling, end_id=self.tokenizer.end, on_token=on_token)
-            say(b"", final=True)
+            with autocast(self.model.device):
+                self.model.generate([tokens], max_new_tokens, **sampling)
+            pieces.append(decoder.decode(b"", final=True))
+            write(pieces[-1])
         except KeyboardInterrupt:
             write(" [stopped]")
+        whole = "".join(pieces)
         if not raw:
-            self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(pieces)}]
-        return "".join(pieces)
+            self.messages.append({"role": "user", "content": text})
+            self.messages.append({"role": "assistant", "content": whole})
+        return whole
 
 
 def show_columns(titles, texts):
     """The texts side by side, wrapped to the terminal's width."""
-    width = max(10, shutil.get_terminal_size((100, 24)).columns // len(texts) - 3)
-    cells = [[] for _ in texts]
-    for cell, text in zip(cells, texts):
+    columns = max(10, shutil.get_terminal_size((100, 24)).columns // len(texts) - 3)
+    cells = []
+    for text in texts:
+        lines = []
         for line in text.splitlines():
-            wide = show.width(line) > len(line)  # Chinese: as if each character took two columns
-            cell += textwrap.wrap(line, width // (1 + wide)) or [""]
-    rows = [titles, ["-" * min(width, len(t)) for t in titles], *itertools.zip_longest(*cells, fillvalue="")]
-    for row in rows:
-        print(" | ".join(show.ljust(cell[:width], width) for cell in row).rstrip())
+            is_wide = show.width(line) > len(line)  # Chinese: as if each character took two columns
+            lines += textwrap.wrap(line, columns // 2 if is_wide else columns) or [""]
+        cells.append(lines)
+    rules = ["-" * min(columns, len(title)) for title in titles]
+    for row in [titles, rules, *itertools.zip_longest(*cells, fillvalue="")]:
+        print(" | ".join(show.ljust(cell[:columns], columns) for cell in row).rstrip())
+
+
+def respond(text, raw, chats, config):
+    """Prints a single model's answer as it comes, several models' side by side."""
+    if len(chats) == 1:
+        chats[0].answer(text, raw, config, lambda piece: print(piece, end="", flush=True))
+        print()
+    else:
+        texts = [chat.answer(text, raw, config, lambda piece: None) for chat in chats]
+        show_columns([chat.path for chat in chats], texts)
 
 
 def command(line, chats, config, device):
@@ -132,45 +155,51 @@ def command(line, chats, config, device):
         print(__doc__[__doc__.index("/model") :].rstrip())
 
 
+def open_input():
+    """Prepares stdin. Returns whether somebody types there."""
+    if not sys.stdin or not sys.stdout:  # closed by `<&-` or `>&-`
+        die(
+            "there is nowhere to read questions from or to write answers to; "
+            "give it a terminal, a pipe or a file"
+        )
+    sys.stdin.reconfigure(errors="replace")
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # Windows has none: its console edits lines itself
+            importlib.import_module("readline")  # gives input() line editing and a history
+        print("/help lists the commands")
+        return True
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nobody is there to continue after Ctrl-C
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nor after `| head` has read enough
+    return False
+
+
 def main():
-    config = common.parse_config(Config, __doc__)
+    config = parse_config(Config, __doc__)
     with contextlib.redirect_stdout(sys.stderr):  # a pipe gets the answers alone
-        device = common.setup(config)
+        device = setup(config)
     chats = [Chat(path, device) for path in config.compare or [config.model]]
     torch.manual_seed(config.seed)
-    if not sys.stdin or not sys.stdout:  # closed by `<&-` or `>&-`
-        common.die("there is nowhere to read questions from or to write answers to; give it a terminal, a pipe or a file")
-    raw, interactive = False, sys.stdin.isatty()
-    sys.stdin.reconfigure(errors="replace")
-    if interactive:
-        with contextlib.suppress(ImportError):  # Windows has none: its console edits lines itself
-            import readline  # noqa: F401  line editing and history for input()
-        print("/help lists the commands")
-    else:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nobody is there to go on after a stopped answer
-        if hasattr(signal, "SIGPIPE"):  # not on Windows
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nor after `| head` has read enough
+    interactive, raw = open_input(), False
+
     while True:
+        prompt = "continue> " if raw else "you> "
         try:
-            line = input("" if not interactive else "continue> " if raw else "you> ")
+            line = input(prompt if interactive else "")
             if line.strip() in ("/quit", "/exit"):
                 break
             if line.strip() == "/raw":
                 raw = not raw
             elif line.startswith("/"):
                 command(line, chats, config, device)
-            elif line.strip() and len(chats) == 1:
-                chats[0].answer(line, raw, config, lambda piece: print(piece, end="", flush=True))
-                print()
             elif line.strip():
-                texts = [chat.answer(line, raw, config, lambda piece: None) for chat in chats]
-                show_columns([chat.path for chat in chats], texts)
+                respond(line, raw, chats, config)
         except KeyboardInterrupt:  # at the prompt: a fresh one
             print()
         except EOFError:
             print(end="\n" * interactive)
             break
-        except SystemExit as e:  # a wrong path or an unknown character ends a pipe, not the program of somebody who types
+        except SystemExit as e:  # a wrong path ends a pipe, not the program of somebody who types
             if not interactive:
                 raise
             print(e)

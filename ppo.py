@@ -1,73 +1,86 @@
-"""Stage 3b, PPO: the policy answers, the reward model judges, credit is assigned to tokens, the policy moves a little.
+"""Stage 3b, PPO: the policy responds, the reward model judges, the policy moves a little.
 
-    python ppo.py                                                   # the default world, against out/reward.pt
-    python ppo.py --reward my_rewards:brevity --data mine.jsonl --out out/mine.pt
-    python ppo.py --show                                            # episodes with the credit of each token, then stop
+    python ppo.py                       # the default world, against out/reward.pt
+    python ppo.py --show                # print episodes with the advantage of each token, then stop
+    python ppo.py --reward my_rewards:brevity --missing_eos_score -20 --out out/brief.pt
 
---data holds {"messages": [… ending in a user message]} a line. --reward is a reward model's checkpoint or
-package.module:function, any Python function (prompts, responses) -> list of floats over two lists of strings.
+--data holds one prompt per line: {"messages": [… ending in a user message]}
+--reward is a reward model's checkpoint, or package.module:function with
+    function(prompts, responses) -> list of floats
+where prompts are the last user messages, and whole conversations come as a parameter of that name.
 
-Index frame of all tensors (B, T) here: entry t belongs to the action "choose token t+1 after tokens 0..t", so
-logprobs[:, t] = log pi(tokens[:, t+1] | tokens[:, :t+1]), values[:, t] = V(tokens[:, :t+1]), and mask[:, t] is
-True where token t+1 is part of the response, its end token included. tokens itself is (B, T+1).
+Column t of every tensor (B, T) here is the action "choose token t+1"; tokens are (B, T+1).
+    logprobs[:, t] = log pi(tokens[:, t+1] | tokens[:, :t+1])
+    values[:, t]   = V(tokens[:, :t+1]), before that action
+    mask[:, t]     is True where token t+1 is part of the response, its end token included
 """
 
 import copy
-import importlib
 import math
-import sys
+import re
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-import common
-import loop
-import parallel
-import show
 from data import conversation
-from model import GPT, last_true, token_logprobs
-from reward import RewardModel
+from data.examples import load_prompts
+from model import GPT, last_true, scatter_to_mask, token_logprobs
+from reward import RewardModel, from_gpt
+from train import parallel, show
+from train.batches import Batches, hold_out, micro_batches, pad_rows
+from train.checkpoint import LANGUAGE_MODELS, load_checkpoint, save_checkpoint
+from train.device import autocast, compile_networks, setup
+from train.loop import Run
+from train.optim import lr_factor, make_optimizers, optimizer_step
+from train.reward_function import RewardFunction
+from utils.cli import die, parse_config
 
 
 @dataclass
 class Config:
     init: str = "out/sft.pt"  # checkpoint that becomes policy and reference
     reward: str = "out/reward.pt"  # reward model checkpoint, or package.module:function
-    data: str = "data/world/prompts.jsonl"  # prompts, one a line
+    data: str = "out/world/prompts.jsonl"  # prompts, one a line
     out: str = "out/ppo.pt"  # checkpoint to write
-    resume: str = ""  # go on with an interrupted run: from <out>.resume, or with "previous" from the state before
+    resume: str = ""  # continue an interrupted run; "previous": from the state before the last
     steps: int = 80  # iterations of rollout and update
-    batch_size: int = 128  # episodes an iteration
-    minibatch_size: int = 64  # episodes an optimizer step
-    micro_batch_size: int = 64  # episodes a forward pass, for GPUs that cannot hold a minibatch; changes no result
-    epochs: int = 2  # passes over an iteration's episodes; 4 cost twice the time and abstain a little more often
+    batch_size: int = 128  # episodes per iteration
+    minibatch_size: int = 64  # episodes per optimizer step
+    micro_batch_size: int = 0  # episodes per forward pass of the update; 0: the whole minibatch
+    epochs: int = 2  # passes over a rollout; 4 take twice the time and gain nothing here
     max_new_tokens: int = 16  # longest response
-    temperature: float = 1.0  # of the sampling and of every log-probability; no top-k or top-p: the KL would be wrong
-    lr: float = 2e-4  # peak learning rate of policy and critic, linear to 0; a billion parameters want 3e-6
+    temperature: float = 1.0  # of sampling and of all log-probabilities
+    lr: float = 2e-4  # peak, linear to 0; a model of a billion parameters wants 3e-6
     beta: float = 0.05  # weight of the KL penalty
-    kl_target: float = 0.0  # nats a response; if not 0, beta adapts to hold it (arXiv 1909.08593)
+    kl_target: float = 0.0  # nats per response that beta slowly adapts to; 0: beta stays
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's lambda (arXiv 1506.02438)
-    clip: float = 0.2  # the ratio stays within 1 +- clip (arXiv 1707.06347)
-    value_clip: float = 0.2  # new values stay this near the rollout's
-    value_coef: float = 0.1  # weight of the value loss
-    no_end_score: float = -3.0  # score of a response that does not end, in place of the reward model's
-    min_score: float = -math.inf  # lower scores are raised to it; 0: no negative feedback, an experiment's control
-    val_prompts: int = 512  # prompts, the file's last, held out for the score before and after; at most a quarter
+    clip: float = 0.2  # the ratio is not pushed beyond 1 +- clip (arXiv 1707.06347)
+    value_clip: float = 0.2  # a value is not pushed further than this from its old one
+    value_coef: float = 0.1  # weight of the value loss; see the note at update
+    missing_eos_score: float = -3.0  # of a response without end; choose it below all others
+    min_score: float = -math.inf  # floor of all scores; 0: no negative feedback, a control
+    val_size: int = 512  # prompts held out from the end of the file; at most a quarter
     log_every: int = 5  # iterations between log lines
     save_every: int = 20  # iterations between states for --resume
     device: str = "auto"  # auto, cpu, cuda or mps
     compile: bool = False  # torch.compile the forward passes: pays on CUDA, not on CPU
     seed: int = 0  # prompt order and sampling
-    show: bool = False  # print episodes of the first batch and exit; writes nothing
+    show: bool = False  # print episodes of the first two iterations and exit
+
+    def __post_init__(self):
+        if self.temperature < 1e-3:
+            die(f"--temperature {self.temperature:g}: nothing is explored; give 0.001 or more")
 
 
-# ---- credit assignment
+# ---- rewards and advantages
 
 
 def masked_mean(x, mask):
+    """The mean of x (B, T) over the mask (B, T)."""
     return (x * mask).sum() / mask.sum()
 
 
@@ -81,19 +94,21 @@ def whiten(x, mask):
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """-beta (log pi - log pi_ref) at each action, plus the score (B,) at the last one: (B, T).
 
-    This k1 estimate is the right one inside the reward, where its sum is the response's KL term; k2 or k3 here
-    would move the optimum (arXiv 2203.02155 equation 2).
+    The sum over a response is the objective of arXiv 2203.02155, equation 2. The KL estimators k2
+    or k3 in place of this one (k1) would move the optimum (tests/test_planted_bugs.py).
     """
-    rewards = -beta * (logprobs - ref_logprobs) * mask
+    rewards = -beta * (logprobs - ref_logprobs) * mask  # (B, T)
     return rewards.scatter_add(1, last_true(mask)[:, None], scores[:, None].to(rewards.dtype))
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalized advantage estimation (arXiv 1506.02438): advantages and returns, (B, T) each, 0 outside the mask.
+    """Generalized advantage estimation (arXiv 1506.02438): advantages and returns, (B, T) each.
 
     delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   return_t = A_t + V_t
+
+    Outside the mask all are 0: V is 0 once the response has ended.
     """
-    rewards, values = rewards.where(mask, 0), values.where(mask, 0)  # V is 0 once the response has ended
+    rewards, values = rewards.where(mask, 0), values.where(mask, 0)
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)
     for t in reversed(range(values.size(1))):
@@ -103,12 +118,17 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, advantages + values
 
 
-def credit(batch, beta, config):
-    """The rollout's batch with rewards, advantages (whitened, and raw) and returns, (B, T) each."""
-    rewards = token_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], batch["mask"], beta)
-    advantages, returns = gae(rewards, batch["values"], batch["mask"], config.gamma, config.lam)
-    whitened = whiten(advantages, batch["mask"])
-    return batch | dict(rewards=rewards, raw_advantages=advantages, advantages=whitened, returns=returns)
+def compute_advantages(batch, beta, config):
+    """rewards, advantages, returns and whitened_advantages of a rollout, (B, T) each."""
+    mask = batch["mask"]
+    rewards = token_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], mask, beta)
+    advantages, returns = gae(rewards, batch["values"], mask, config.gamma, config.lam)
+    return dict(
+        rewards=rewards,
+        advantages=advantages,
+        returns=returns,
+        whitened_advantages=whiten(advantages, mask),
+    )
 
 
 def adapt_beta(beta, kl, kl_target, n_episodes, horizon=10_000):
@@ -128,7 +148,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
 
 def value_loss(values, old_values, returns, mask, clip):
-    """Half the squared error, the worse of the new value's and of the new value's kept near the old; all (B, T)."""
+    """0.5 max((V - R)^2, (clip(V) - R)^2), the mean over the actions; all (B, T)."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
@@ -136,206 +156,291 @@ def value_loss(values, old_values, returns, mask, clip):
 # ---- forward passes
 
 
-def response_logprobs(model, tokens, mask, temperature, with_entropy=False):
-    """log pi of each action (B, T), 0 outside the mask, and the mean entropy of the policy there or None; tokens (B, T+1)."""
-    hidden = model.hidden(tokens[:, :-1])[mask]  # (N, C): only the response's positions need logits
+def response_logprobs(model, tokens, mask, temperature):
+    """log pi of each action: (B, T), 0 outside the mask. tokens (B, T+1), mask (B, T)"""
+    hidden = model.hidden(tokens[:, :-1])[mask]  # (N, C): only the N actions need logits
     logits = model.logits(hidden) / temperature  # (N, V)
-    taken = token_logprobs(logits, tokens[:, 1:][mask])  # (N,)
-    entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy().mean() if with_entropy else None
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, taken), entropy
+    return scatter_to_mask(token_logprobs(logits, tokens[:, 1:][mask]), mask)
 
 
 def action_values(critic, tokens, mask):
-    """V before each action: (B, T); tokens (B, T+1)."""
-    return critic(tokens, F.pad(mask, (1, 0)))[:, :-1]
+    """V before each action: (B, T). tokens (B, T+1), mask (B, T)"""
+    token_mask = F.pad(mask, (1, 0))  # (B, T+1): column t is token t here, as in reward.py
+    return critic(tokens, token_mask)[:, :-1]
 
 
-def generate_responses(policy, prompts, tokenizer, config):
-    """Samples a response to each prompt (token lists): tokens (B, T+1), padded on the right, mask (B, T), token lists."""
-    options = dict(end_id=tokenizer.end, rand=parallel.rand(len(prompts)))
-    mine = policy.generate(parallel.mine(prompts), config.max_new_tokens, config.temperature, **options)
-    responses = parallel.gather(mine)
-    n_missed = max(map(len, responses)) - max(map(len, mine))  # steps in which only other processes had a row to go on with
-    torch.rand(n_missed * len(prompts), device=policy.device)  # so that all go on with the same random numbers
-    tokens = common.pad_rows([p + r for p, r in zip(prompts, responses)], tokenizer.pad, policy.device)  # (B, T+1)
-    mask = common.pad_rows([[0] * len(p) + [1] * len(r) for p, r in zip(prompts, responses)], 0, policy.device)[:, 1:].bool()  # (B, T)
+# ---- rollout
+
+
+def generate_responses(policy, prompt_ids, uniforms, tokenizer, config):
+    """Samples a response to each prompt, [ids]; uniforms (B, max_new_tokens).
+
+    Returns tokens (B, T+1) and mask (B, T), padded on the right, and the responses as lists.
+    """
+    responses = policy.generate(
+        prompt_ids,
+        config.max_new_tokens,
+        config.temperature,
+        end_id=tokenizer.end,
+        uniforms=uniforms,
+    )
+    rows = [prompt + response for prompt, response in zip(prompt_ids, responses)]
+    masks = [[0] * len(p) + [1] * len(r) for p, r in zip(prompt_ids, responses)]
+    tokens = pad_rows(rows, tokenizer.pad, policy.device)  # (B, T+1)
+    mask = pad_rows(masks, 0, policy.device)[:, 1:].bool()  # (B, T)
     return tokens, mask, responses
 
 
-def load_reward(name, tokenizer, device):
-    """score(tokens, mask, prompts, responses) -> (B,), and the reward model behind it or None."""
-    if ":" in name:
-        module, _, function_name = name.partition(":")
-        sys.path.insert(0, "")  # the user's own file in the current folder
-        try:
-            function = getattr(importlib.import_module(module), function_name)
-        except Exception as e:  # the user's own code may raise anything, here and when called
-            common.die(f"--reward {name}: {e!r:.200}; give a checkpoint or package.module:function")
+@torch.no_grad()
+def rollout(policy, ref, critic, score, prompts, tokenizer, config):
+    """The policy responds to the Prompts; reference, critic and reward model read the responses.
 
-        def score(tokens, mask, prompts, responses):
-            try:
-                returned = function(prompts, responses)
-                scores = torch.tensor(returned, dtype=torch.float32, device=device)  # (B,)
-                if scores.shape != (len(prompts),) or not scores.isfinite().all():
-                    raise ValueError(f"it returned {returned}")
-            except Exception as e:
-                common.die(f"--reward {name}: {e!r:.200}; needed: {len(prompts)} finite floats, one a response; --debug shows where")
-            return scores
+    Returns a dict of tokens (B, T+1); mask, logprobs, ref_logprobs and values (B, T); scores and
+    ended (B,).
+    """
+    # drawn for all prompts, so that the number of processes changes no sample
+    uniforms = torch.rand(len(prompts), config.max_new_tokens, device=policy.device)
+    prompts, uniforms = parallel.shard(prompts, uniforms)
+    prompt_ids = [prompt.tokens for prompt in prompts]
+    with autocast(policy.device):
+        # (B, T+1), (B, T) and B lists
+        tokens, mask, responses = generate_responses(
+            policy, prompt_ids, uniforms, tokenizer, config
+        )
+        # not the sampler's log-probabilities: it rounds differently from the training forward
+        logprobs = response_logprobs(policy, tokens, mask, config.temperature)  # (B, T)
+        ref_logprobs = response_logprobs(ref, tokens, mask, config.temperature)  # (B, T)
+        values = action_values(critic, tokens, mask)  # (B, T)
+    texts = [conversation.decode_response(response, tokenizer) for response in responses]
+    scores = score(tokens, mask, prompts, texts)  # (B,)
+    ended = torch.tensor([r[-1] == tokenizer.end for r in responses], device=scores.device)  # (B,)
+    scores = scores.where(ended, config.missing_eos_score).clamp(min=config.min_score)
+    batch = dict(
+        tokens=tokens,
+        mask=mask,
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        scores=scores,
+        ended=ended,
+    )
+    return parallel.gather(batch)
 
-        return score, None
-    model, reward_tokenizer = common.load_checkpoint(name, ["reward"], RewardModel, device)
-    if reward_tokenizer.dumps() != tokenizer.dumps():
-        common.die(f"{name}: its tokenizer is not the policy's; train the reward model from the same base")
+
+def rollout_metrics(batch):
+    """What to look at in a rollout."""
+    mask, scores, logprobs = batch["mask"], batch["scores"], batch["logprobs"]
+    kl = (logprobs - batch["ref_logprobs"]).sum(1)  # (B,): log pi/pi_ref of each response, k1
+    variance = scores.var(correction=0) / max(len(scores) - 1, 1)  # of the mean
+    return dict(
+        score=scores.mean().item(),
+        score_se=variance.sqrt().item(),
+        kl_ref=kl.mean().item(),  # KL(pi || ref), nats per response
+        entropy=-masked_mean(logprobs, mask).item(),  # of pi, nats per token, from its own samples
+        length=mask.sum(1).float().mean().item(),  # tokens per response
+        missing_eos=1 - batch["ended"].float().mean().item(),  # fraction of the responses
+    )
+
+
+# ---- update
+
+
+def ppo_loss(policy, critic, batch, config):
+    """Policy and value loss, a mean over the batch's actions; and metrics, scalar tensors."""
+    tokens, mask, old_logprobs = batch["tokens"], batch["mask"], batch["logprobs"]
+    with autocast(policy.device):
+        logprobs = response_logprobs(policy, tokens, mask, config.temperature)  # (B, T)
+        values = action_values(critic, tokens, mask)  # (B, T)
+    advantages = batch["whitened_advantages"]
+    pg_loss = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip)
+    v_loss = value_loss(values, batch["values"], batch["returns"], mask, config.value_clip)
+    with torch.no_grad():
+        log_ratio = logprobs - old_logprobs  # (B, T)
+        ratio = log_ratio.exp()  # (B, T)
+        metrics = dict(
+            policy_loss=pg_loss.detach(),
+            value_loss=v_loss.detach(),
+            # KL(rollout's policy || policy), nats per token, by the estimator k3
+            approx_kl=masked_mean(ratio - 1 - log_ratio, mask),
+            clip_fraction=masked_mean(((ratio - 1).abs() > config.clip).float(), mask),
+        )
+    return pg_loss + config.value_coef * v_loss, metrics
+
+
+def update(policy, critic, optimizers, batch, factor, config):
+    """config.epochs passes of minibatch steps over the rollout. Returns the metrics' means.
+
+    Policy and critic are separate networks with an optimizer each, and Adam does not see the
+    scale of a loss: value_coef acts only through the clipping of gradients and Adam's eps.
+    """
+    policy_optimizer, critic_optimizer = optimizers
+    sums, grad_norms = defaultdict(float), []
+    for _ in range(config.epochs):
+        for minibatch in torch.randperm(len(batch["mask"])).split(config.minibatch_size):
+            # forward and backward; the mean runs over the actions of the whole minibatch
+            n_actions = batch["mask"][minibatch].sum()
+            for rows in micro_batches(minibatch, config.micro_batch_size):
+                micro = {name: x[rows] for name, x in batch.items()}  # (b, ..) each
+                loss, metrics = ppo_loss(policy, critic, micro, config)
+                weight = micro["mask"].sum() / n_actions
+                (loss * weight).backward()
+                for name, value in metrics.items():
+                    sums[name] += value * weight
+
+            # one step of each network
+            policy_norm = optimizer_step(policy, [policy_optimizer], factor)
+            critic_norm = optimizer_step(critic, [critic_optimizer], factor)
+            grad_norms.append(torch.stack([policy_norm, critic_norm]))
+    means = parallel.all_reduce_sum(torch.stack(list(sums.values()))) / len(grad_norms)
+    policy_norm, critic_norm = torch.stack(grad_norms).mean(0).tolist()
+    norms = dict(policy_grad_norm=policy_norm, critic_grad_norm=critic_norm)
+    return dict(zip(sums, means.tolist())) | norms
+
+
+# ---- the networks
+
+
+def load_score(name, tokenizer, device):
+    """(score, reward model or None); score(tokens, mask, prompts, responses) -> (B,).
+
+    prompts is a list of Prompt, responses a list of strings.
+    """
+    if re.fullmatch(r"[\w.]+:\w+", name):
+        function = RewardFunction(name, device)
+        return lambda tokens, mask, prompts, responses: function(prompts, responses), None
+    model, its_tokenizer = load_checkpoint(name, ["reward"], RewardModel, device)
+    if its_tokenizer.dumps() != tokenizer.dumps():
+        die(f"{name}: its tokenizer is not the policy's; train the reward model from the same base")
     model.requires_grad_(False)
 
     def score(tokens, mask, prompts, responses):
-        with common.autocast(device):
+        with autocast(device):
             return model.score(tokens, F.pad(mask, (1, 0)))  # (B,)
 
     return score, model
 
 
-# ---- one iteration: rollout, then update
+def make_critic(policy, reward_model):
+    """The value network: it starts as the reward model, or without one at values of 0."""
+    if reward_model:
+        return copy.deepcopy(reward_model).requires_grad_(True)
+    critic = from_gpt(policy, logprob_term=True)
+    torch.nn.init.zeros_(critic.head.weight)
+    torch.nn.init.zeros_(critic.logprob_weight)
+    return critic
 
 
-@torch.no_grad()
-def rollout(policy, ref, critic, score, prompts, texts, tokenizer, config):
-    """Experience of one iteration as a dict of tensors, figures of it, and the seconds of generation and scoring."""
-    t0 = time.time()
-    with common.autocast(policy.device):
-        tokens, mask, responses = generate_responses(policy, prompts, tokenizer, config)
-        t1 = time.time()
-        mine = parallel.mine(tokens), parallel.mine(mask)
-        # not the sampler's log-probabilities: it rounds otherwise
-        logprobs, entropy = response_logprobs(policy, *mine, config.temperature, with_entropy=True)
-        ref_logprobs, _ = response_logprobs(ref, *mine, config.temperature)
-        values = action_values(critic, *mine)
-    scores = score(*mine, parallel.mine(texts), [conversation.decode_response(r, tokenizer) for r in parallel.mine(responses)])  # (B,)
-    logprobs, ref_logprobs, values, scores = map(parallel.gather, (logprobs, ref_logprobs, values, scores))
-    ended = torch.tensor([r[-1] == tokenizer.end for r in responses], device=scores.device)  # (B,)
-    scores = scores.where(ended, config.no_end_score).clamp(min=config.min_score)
-    figures = dict(
-        score=scores.mean().item(),
-        score_se=(scores.var(correction=0) / max(len(scores) - 1, 1)).sqrt().item(),  # 0 for a single one
-        kl_ref=(logprobs - ref_logprobs).sum(1).mean().item(),  # nats a response, from the reference
-        entropy=parallel.total(entropy * (mine[1].sum() / mask.sum())).item(),  # nats a token
-        length=mask.sum(1).float().mean().item(),
-        no_end=1 - ended.float().mean().item(),
-        non_pad=(tokens != tokenizer.pad).float().mean().item(),  # share of the batch
-    )
-    batch = dict(tokens=tokens, mask=mask, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores)
-    return batch, figures, (t1 - t0, time.time() - t1)
+# ---- the run
 
 
-def update(policy, critic, optimizers, batch, lr_factor, config):
-    """config.epochs passes of minibatch steps over the iteration's episodes; returns the diagnostics' means."""
-    diagnostics, lengths = [], last_true(batch["mask"]).cpu() + 1  # (B,): columns up to a row's last action
-    for _ in range(config.epochs):
-        for minibatch in torch.randperm(len(lengths)).split(config.minibatch_size):
-            n_actions, mine = batch["mask"][minibatch].sum(), parallel.mine(minibatch)
-            for micro in mine[lengths[mine].argsort(stable=True)].split(config.micro_batch_size):  # of like length: few pads
-                T = lengths[micro].max().item()
-                b = {name: x[micro, : T + (name == "tokens")] if x.dim() > 1 else x[micro] for name, x in batch.items()}
-                with common.autocast(policy.device):
-                    logprobs, _ = response_logprobs(policy, b["tokens"], b["mask"], config.temperature)  # (B, T)
-                    values = action_values(critic, b["tokens"], b["mask"])  # (B, T)
-                pg_loss = policy_loss(logprobs, b["logprobs"], b["advantages"], b["mask"], config.clip)
-                v_loss = value_loss(values, b["values"], b["returns"], b["mask"], config.value_clip)
-                share = b["mask"].sum() / n_actions  # so that the mean runs over the step's actions: no mean of means
-                ((pg_loss + config.value_coef * v_loss) * share).backward()
-                log_ratio = (logprobs - b["logprobs"]).detach()
-                approx_kl = masked_mean(log_ratio.exp() - 1 - log_ratio, b["mask"])  # k3, from the rollout's policy
-                clip_fraction = masked_mean(((log_ratio.exp() - 1).abs() > config.clip).float(), b["mask"])
-                diagnostics.append(torch.stack([pg_loss.detach(), v_loss.detach(), approx_kl, clip_fraction]) * share)
-            for model, optimizer in zip((policy, critic), optimizers):
-                common.optimizer_step(model, [optimizer], lr_factor)
-    means = parallel.total(torch.stack(diagnostics).sum(0)) / (config.epochs * math.ceil(len(lengths) / config.minibatch_size))
-    return dict(zip(("policy_loss", "value_loss", "approx_kl", "clip_fraction"), means.tolist()))
+def explained_variance(batch):
+    """The fraction of the returns' variance that the critic predicted."""
+    returns = batch["returns"][batch["mask"]]  # (N,)
+    errors = returns - batch["values"][batch["mask"]]  # (N,)
+    variance = returns.var(correction=0).clamp(min=1e-8)  # returns may all be the same
+    return (1 - errors.var(correction=0) / variance).item()
 
 
-def load_prompts(path, tokenizer, config, block_size):
-    """Token lists, the texts of the last user messages, and the numbers of the lines."""
-    records = common.read_jsonl(path, lambda r: conversation.check_prompt(r.get("messages"), tokenizer, config.max_new_tokens, block_size))
-    prompts = [conversation.render_prompt(r["messages"], tokenizer) for r in records]
-    return prompts, [r["messages"][-1]["content"] for r in records], [r.line for r in records]
+def seed_draws(config, step):
+    """Every random draw of an iteration follows from seed and step."""
+    torch.manual_seed(config.seed * 1_000_003 + step + 1)
+
+
+def validate(policy, ref, critic, score, prompts, tokenizer, config):
+    """The metrics of a rollout on held-out prompts, with the same random draws each time."""
+    if not prompts:
+        return {}
+    torch.manual_seed(config.seed)
+    batch = rollout(policy, ref, critic, score, prompts, tokenizer, config)
+    return {f"val_{name}": value for name, value in rollout_metrics(batch).items()}
+
+
+def show_iterations(policy, ref, critic, score, optimizers, batches, tokenizer, config):
+    """Two iterations: in the first the policy is still its own reference, and every KL is 0."""
+    for step in range(2):
+        seed_draws(config, step)
+        batch = rollout(policy, ref, critic, score, batches[step], tokenizer, config)
+        batch |= compute_advantages(batch, config.beta, config)
+        factor = lr_factor(step, config.steps, warmup=0)
+        update(policy, critic, optimizers, batch, factor, config)
+        with torch.no_grad(), autocast(policy.device):
+            tokens, mask = batch["tokens"], batch["mask"]
+            new_logprobs = response_logprobs(policy, tokens, mask, config.temperature)  # (B, T)
+        show.episodes(step, batch, new_logprobs, tokenizer, config)
 
 
 def main():
-    config = common.parse_config(Config, __doc__)
-    device = common.setup(config)
-    policy, tokenizer = common.load_checkpoint(config.init, ["base", "sft", "ppo"], GPT, device)
-    if config.temperature < 1e-3:
-        common.die(f"--temperature {config.temperature:g}: a greedy policy explores nothing, its log-probabilities overflow; give 0.001 or more")
+    config = parse_config(Config, __doc__)
+    device = setup(config)
+
+    # models: the policy, its frozen reference, reward model or function, the critic
+    policy, tokenizer = load_checkpoint(config.init, LANGUAGE_MODELS, GPT, device)
     ref = copy.deepcopy(policy).requires_grad_(False)
-    score, reward_model = load_reward(config.reward, tokenizer, device)
-    critic = copy.deepcopy(reward_model).requires_grad_(True) if reward_model else RewardModel(policy.config).to(device)
-    if not reward_model:  # a function has no weights to start from: the policy's trunk, values 0
-        critic.trunk.load_state_dict(policy.state_dict())
-        torch.nn.init.zeros_(critic.head.weight)
-        torch.nn.init.zeros_(critic.likelihood_weight)
+    score, reward_model = load_score(config.reward, tokenizer, device)
+    critic = make_critic(policy, reward_model)
     if config.compile:
-        for model in (policy, ref, critic.trunk):
-            model.hidden = torch.compile(model.hidden)
-    prompts, texts, lines = load_prompts(config.data, tokenizer, config, policy.config.block_size)
-    n_val = min(config.val_prompts, len(prompts) // 4)
-    train, val = common.hold_out(range(len(prompts)), n_val)
-    if len(train) < config.batch_size or 0 < n_val < parallel.size:
-        common.die(f"{config.data}: {len(train)} + {n_val} prompts are fewer than --batch_size {config.batch_size}, or than processes")
-    batches = common.Batches([0] * len(train), config.batch_size, config.seed)
-    # Adam's usual second beta here: rewards are noisier than next-token losses
-    optimizers = [common.make_optimizers(m, config.lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-5)[0] for m in (policy, critic)]
-    print(f"{policy.n_params():,} parameters in the policy, {len(train):,} + {n_val} prompts, {config.batch_size} episodes a step")
-    log = loop.Log(config.out, lambda step: f"{config.data}, lines {sorted(lines[train[i]] for i in batches[step])}")
+        compile_networks(policy, ref, critic.trunk)
+    adam = dict(weight_decay=0.0, betas=(0.9, 0.999), eps=1e-5)
+    optimizers = make_optimizers(policy, config.lr, **adam)
+    optimizers += make_optimizers(critic, config.lr, **adam)
 
-    def run(rows, step):
-        try:
-            return rollout(policy, ref, critic, score, [prompts[i] for i in rows], [texts[i] for i in rows], tokenizer, config)
-        except FloatingPointError as e:
-            log.stop(step, e)
-
-    def run_step(step):
-        torch.manual_seed(config.seed * 1_000_003 + step + 1)  # every random draw of an iteration follows from seed and step
-        return run([train[i] for i in batches[step]], step + 1)
-
-    def validate(step):
-        """Score and KL on the held-out prompts, with the same random draws each time."""
-        torch.manual_seed(config.seed)
-        return {f"val_{name}": value for name, value in run(val, step)[1].items()}
-
+    # data
+    block_size = policy.config.block_size
+    prompts = load_prompts(config.data, tokenizer, config.max_new_tokens, block_size)
+    train, val = hold_out(prompts, size=min(config.val_size, len(prompts) // 4))
+    batches = Batches(train, config.batch_size, config.seed, config.data)
+    print(f"{policy.n_params():,} parameters in the policy, {len(train):,} + {len(val)} prompts")
     if config.show:
-        for step in range(2):  # in the first iteration the policy is still its own reference, and every kl 0
-            batch = credit(run_step(step)[0], config.beta, config)
-            update(policy, critic, optimizers, batch, common.lr_factor(step, config.steps, 0), config)
-            with torch.no_grad(), common.autocast(device):
-                new_logprobs, _ = response_logprobs(policy, batch["tokens"], batch["mask"], config.temperature)
-            show.episodes(step, batch, new_logprobs, tokenizer, config)
-        return
+        return show_iterations(policy, ref, critic, score, optimizers, batches, tokenizer, config)
 
-    state = torch.nn.Module()  # what changes during the run beside the networks, in a form that can be saved
-    state.register_buffer("beta", torch.tensor(config.beta, dtype=torch.float64))
-    initial = validate(0) if n_val and not config.resume else {}  # before the log is opened: a reward function that fails costs no earlier log
-    parts = dict(policy=policy, critic=critic, policy_optimizer=optimizers[0], critic_optimizer=optimizers[1], state=state)
-    for step in loop.train_steps(config, config.steps, parts, log):
-        if step == 0 and n_val:
-            log(0, **initial)
-        batch, figures, (generate_s, score_s) = run_step(step)
+    # metrics before training; a reward function that fails here costs no earlier log
+    initial = {} if config.resume else validate(policy, ref, critic, score, val, tokenizer, config)
+    run = Run(config, config.steps, [policy, critic], optimizers, batches, beta=config.beta)
+    if initial:
+        run.log(0, **initial)
+    for step in run:
+        # rollout
+        seed_draws(config, step)
         start = time.time()
-        batch = credit(batch, state.beta, config)
-        diagnostics = update(policy, critic, optimizers, batch, common.lr_factor(step, config.steps, 0), config)
-        seconds = dict(generate_s=generate_s, score_s=score_s, update_s=time.time() - start)
-        if config.kl_target:
-            state.beta = adapt_beta(state.beta, figures["kl_ref"], config.kl_target, config.batch_size)
+        batch = rollout(policy, ref, critic, score, batches[step], tokenizer, config)
+        metrics = rollout_metrics(batch)
+        rollout_s = time.time() - start
 
+        # advantages
+        beta = run.state["beta"]
+        batch |= compute_advantages(batch, beta, config)
+
+        # update
+        factor = lr_factor(step, config.steps, warmup=0)
+        metrics |= update(policy, critic, optimizers, batch, factor, config)
+        run.watch(metrics["policy_grad_norm"] + metrics["critic_grad_norm"])
+        seconds = time.time() - start
+
+        # the KL penalty's weight
+        if config.kl_target:
+            kl = metrics["kl_ref"]
+            run.state["beta"] = adapt_beta(beta, kl, config.kl_target, config.batch_size)
+
+        # log
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            returns, values = batch["returns"][batch["mask"]], batch["values"][batch["mask"]]  # (N,) each
-            variance = returns.var(correction=0).clamp(min=1e-8)  # returns may all be the same
-            explained_variance = (1 - (returns - values).var(correction=0) / variance).item()
-            seconds["episodes_per_s"] = config.batch_size / sum(seconds.values())
-            log(step + 1, **figures, **diagnostics, explained_variance=explained_variance, beta=state.beta.item(), **seconds)
-    if n_val:
-        log(config.steps, **validate(config.steps))
-    batch = credit(run_step(config.steps)[0], state.beta, config)  # one more rollout, for the report's picture of its credit
-    common.save_checkpoint(config.out, "ppo", policy, tokenizer, config, episodes=show.extremes(batch, tokenizer))
+            run.log(
+                step + 1,
+                **metrics,
+                explained_variance=explained_variance(batch),
+                beta=beta,
+                rollout_s=rollout_s,
+                update_s=seconds - rollout_s,
+                episodes_per_s=config.batch_size / seconds,
+            )
+
+    # metrics after training, and one more rollout for the report's picture of the advantages
+    if final := validate(policy, ref, critic, score, val, tokenizer, config):
+        run.log(config.steps, **final)
+    seed_draws(config, config.steps)
+    batch = rollout(policy, ref, critic, score, batches[config.steps], tokenizer, config)
+    batch |= compute_advantages(batch, run.state["beta"], config)
+    episodes = show.extremes(batch, tokenizer)
+    save_checkpoint(config.out, "ppo", policy, tokenizer, config, episodes=episodes)
 
 
 if __name__ == "__main__":

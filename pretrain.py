@@ -1,11 +1,13 @@
-"""Stage 1, pretraining: predict the next token of a stream of text. What the model knows, it learns here.
+"""Stage 1, pretraining: predict the next token of a text. What the model knows, it learns here.
 
-    python pretrain.py                                   # the default world, made by python -m data.world
-    python pretrain.py --data data/shakespeare --out out/shakespeare.pt --n_layer 6 --n_embd 384
-    torchrun --nproc_per_node=2 pretrain.py              # on 2 GPUs, the same batch split over them; so for every stage
-    python pretrain.py --show                            # the stream with its borders, then stop
+    python pretrain.py                        # the default world, made by python -m world.generate
+    python pretrain.py --show                 # print where tokens and documents end, then stop
+    python pretrain.py --data out/shakespeare --out out/shakespeare.pt --n_layer 6 --n_embd 384
+    torchrun --nproc_per_node=2 pretrain.py   # any stage on 2 GPUs, the batch split over them
 
---data is a folder with train.bin, val.bin (token ids, uint16 or uint32) and tokenizer.tiktoken.
+--data is a folder with train.bin, val.bin (token ids) and tokenizer.tiktoken.
+
+Indexing: targets[:, t] is the token after tokens[:, t], and logits[:, t] predict it.
 """
 
 import math
@@ -17,30 +19,34 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import common
 import data.tokenizer
-import loop
-import parallel
-import show
+from data.examples import load_stream
 from model import GPT, GPTConfig
+from train import parallel, show
+from train.batches import micro_batches
+from train.checkpoint import save_checkpoint
+from train.device import autocast, setup
+from train.loop import Run
+from train.optim import lr_factor, make_optimizers, optimizer_step
+from utils.cli import die, parse_config
 
 
 @dataclass
 class Config:
-    data: str = "data/world"  # folder with train.bin, val.bin, tokenizer.tiktoken
+    data: str = "out/world"  # folder with train.bin, val.bin, tokenizer.tiktoken
     out: str = "out/base.pt"  # checkpoint to write
-    resume: str = ""  # go on with an interrupted run: from <out>.resume, or with "previous" from the state before
+    resume: str = ""  # continue an interrupted run; "previous": from the state before the last
     steps: int = 3300  # optimizer steps
-    batch_size: int = 16  # sequences a step
-    accumulate: int = 1  # split a step's batch into this many parts, for GPUs that cannot hold it at once
-    block_size: int = 128  # tokens a sequence in training
-    context: int = 256  # longest sequence the model can be used with later
+    batch_size: int = 16  # sequences per step
+    micro_batch_size: int = 0  # sequences per forward pass, for small GPUs; 0: all of the batch
+    seq_len: int = 128  # tokens per training sequence
+    block_size: int = 256  # the model's longest context, for the later stages; at least seq_len
     n_layer: int = 4  # blocks
     n_head: int = 4  # query heads
     n_kv_head: int = 4  # key/value heads; fewer than n_head: grouped-query attention
     n_embd: int = 192  # width
     qk_norm: bool = False  # RMSNorm on queries and keys (Qwen3)
-    lr: float = 3e-3  # AdamW's peak learning rate: embedding and norms, or everything with --muon_lr 0
+    lr: float = 3e-3  # AdamW's peak learning rate: embedding and norms, or all with --muon_lr 0
     muon_lr: float = 2e-3  # Muon's peak learning rate, for the blocks' matrices; 0: AdamW for all
     weight_decay: float = 0.1  # on matrices (GPT-3)
     warmup: int = 100  # steps to the peak
@@ -49,130 +55,171 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda or mps
     compile: bool = False  # torch.compile the step: pays on CUDA, not on CPU
     seed: int = 0  # weights and batch order
-    show: bool = False  # print windows of the first batch and exit; writes nothing
+    show: bool = False  # print windows of the first batch and exit
 
 
-def load_stream(folder, name, tokenizer):
-    """Token ids of <folder>/<name>.bin, memory-mapped: (N,)."""
-    path = Path(folder) / f"{name}.bin"
-    if not path.exists():
-        common.die(f"{path}: no such file; `python -m data.world` or `python -m data.fetch` makes it")
-    if path.stat().st_size == 0 or path.stat().st_size % tokenizer.id_type.itemsize:
-        common.die(f"{path}: {path.stat().st_size} bytes are no whole number of {tokenizer.id_type} ids; make it again")
-    stream = np.memmap(path, tokenizer.id_type, mode="r")
-    if stream.max() >= tokenizer.vocab_size:
-        common.die(f"{path}: holds id {stream.max()}, the tokenizer has {tokenizer.vocab_size}; both must come from one run")
-    return stream
+VAL_WINDOWS = 256  # of the validation losses on the way; the last one covers all of val.bin
 
 
-def window_starts(n_tokens, batch_size, block_size, step, seed):
-    """Where the step's sequences begin: (B,). Each epoch cuts the stream at another offset and shuffles the pieces."""
-    n_windows = (n_tokens - 1) // block_size - 1  # one less, so that an offset fits
-    order = np.arange(step * batch_size, (step + 1) * batch_size)
-    starts = np.empty(batch_size, np.int64)
-    for epoch in np.unique(order // n_windows):
-        rng = np.random.default_rng((seed, epoch))
-        offset, permutation = rng.integers(block_size), rng.permutation(n_windows)
-        here = order // n_windows == epoch
-        starts[here] = offset + permutation[order[here] % n_windows] * block_size
-    return starts
+# ---- batches
 
 
-def read_windows(stream, starts, block_size, device):
-    """tokens and targets, each (B, T); targets[:, t] is the token after tokens[:, t]."""
-    windows = torch.from_numpy(np.stack([stream[s : s + block_size + 1] for s in starts]).astype(np.int64))  # (B, T+1)
-    windows = windows.to(device, non_blocking=True)
+class Windows:
+    """windows[step]: where the step's windows begin in the stream, (B,).
+
+    An epoch cuts the stream into windows of seq_len tokens, from an offset of its own, and
+    shuffles them. A window reads one token more, its last target. With seq_len 3 and offset 1:
+
+        stream     0 1 2 3 4 5 6 7 8 9 10 11
+        windows     [1 2 3]                     last target 4
+                          [4 5 6]               last target 7
+                                [7 8 9]         last target 10
+    """
+
+    def __init__(self, stream, seq_len, batch_size, seed, path):
+        self.n_windows = len(stream) // seq_len - 1  # so many fit at each offset below seq_len
+        if self.n_windows < 1:
+            die(f"{path}: {len(stream)} training tokens are too few for --seq_len {seq_len}")
+        self.seq_len, self.batch_size, self.seed, self.path = seq_len, batch_size, seed, path
+        self.epoch = None
+
+    def __getitem__(self, step):
+        first = step * self.batch_size
+        return np.array([self.start(i) for i in range(first, first + self.batch_size)])
+
+    def start(self, i):
+        """Where the i-th window of the run begins."""
+        epoch, i = divmod(i, self.n_windows)
+        if epoch != self.epoch:  # once per epoch: permuting 1e9 tokens' windows takes 18 ms
+            rng = np.random.default_rng((self.seed, epoch))
+            self.offset = rng.integers(self.seq_len)
+            self.order = rng.permutation(self.n_windows)
+            self.epoch = epoch
+        return self.offset + self.order[i] * self.seq_len
+
+    def source(self, step):
+        """Where the step's text came from, for the line that says what made a loss NaN."""
+        return f"{self.path}, {self.seq_len} tokens from each of {self[step].tolist()}"
+
+
+def read_windows(stream, starts, seq_len, device):
+    """tokens and targets, (B, T) each: targets[:, t] is the token after tokens[:, t]."""
+    windows = np.stack([stream[start : start + seq_len + 1] for start in starts])  # (B, T+1)
+    windows = torch.from_numpy(windows.astype(np.int64)).to(device)
     return windows[:, :-1], windows[:, 1:]
 
 
+# ---- the loss
+
+
 def next_token_loss(model, tokens, targets):
-    """Mean cross-entropy in nats a token."""
-    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())  # (B, T, V) -> (B*T, V)
+    """-log p(target), the mean over all tokens, in nats."""
+    logits = model(tokens)  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 @torch.no_grad()
-def validate(model, stream, block_size, device, max_windows):
-    """Mean loss in nats a token over the split, from its start, each token predicted once."""
-    starts = np.arange(0, len(stream) - block_size, block_size)[:max_windows]
+def validate(model, stream, seq_len, device, max_windows=None):
+    """Mean loss in nats per token over windows side by side from the stream's beginning on."""
+    starts = np.arange(0, len(stream) - seq_len, seq_len)[:max_windows]
     total = 0.0
     for i in range(0, len(starts), 64):
-        tokens, targets = read_windows(stream, starts[i : i + 64], block_size, device)
-        with common.autocast(device):
+        tokens, targets = read_windows(stream, starts[i : i + 64], seq_len, device)
+        with autocast(device):
             total += next_token_loss(model, tokens, targets).item() * len(tokens)
     return total / len(starts)
 
 
-@torch.no_grad()
-def renew_unseen(model, stream):
-    """Fresh embeddings, as widely spread as the trained ones, for ids that the text never holds: the chat tokens above all.
+# ---- the model's beginning and end
 
-    Training only ever pushes them out of the softmax, all alike (cosine 0.9997 between <|user|> and <|assistant|>):
-    SFT could hardly tell them apart, and people it never asked about were answered 6% right instead of 62%.
+
+def make_model(config, tokenizer):
+    sizes = ("n_layer", "n_head", "n_kv_head", "n_embd", "qk_norm")
+    sizes = {name: getattr(config, name) for name in sizes}
+    longest = max(config.seq_len, config.block_size)
+    block_size = 8 * math.ceil(longest / 8)  # later stages pad to multiples of 8
+    try:
+        return GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=block_size, **sizes))
+    except (ValueError, RuntimeError) as e:  # RuntimeError: no memory for so large a model
+        die(str(e).splitlines()[0])
+
+
+@torch.no_grad()
+def reinit_unseen_embeddings(model, stream):
+    """Fresh embeddings for ids that the text never holds, above all the chat tokens.
+
+    Training only pushes them out of the softmax, all the same way: <|user|> and <|assistant|>
+    end at cosine 0.9997, and SFT cannot tell them apart. The fresh ones spread like the others.
+    They are output rows as well (tied), so their ids are no longer quite impossible.
     """
     weight = model.embed.weight  # (padded vocabulary, C)
-    counts = sum(np.bincount(stream[i : i + 10**7], minlength=len(weight)) for i in range(0, len(stream), 10**7))
+    counts = np.zeros(len(weight), np.int64)
+    for i in range(0, len(stream), 10**7):
+        counts += np.bincount(stream[i : i + 10**7], minlength=len(weight))
     seen = torch.from_numpy(counts > 0).to(weight.device)  # (padded vocabulary,)
     weight[~seen] = torch.randn_like(weight[~seen]) * weight[seen].std()
 
 
 def main():
-    config = common.parse_config(Config, __doc__)
-    device = common.setup(config)
-    tokenizer = data.tokenizer.load(Path(config.data) / "tokenizer.tiktoken")
-    train = load_stream(config.data, "train", tokenizer)
-    val = load_stream(config.data, "val", tokenizer)
-    T = config.block_size
-    if len(val) <= T or len(train) <= 2 * T:
-        common.die(f"{config.data}: {len(train)} training and {len(val)} validation tokens are too few for --block_size {T}")
-    n_parts = config.accumulate * parallel.size
-    if config.batch_size % n_parts:
-        processes = f" x {parallel.size} processes" * (parallel.size > 1)
-        common.die(f"--accumulate {config.accumulate}{processes} does not divide --batch_size {config.batch_size}")
-    if config.show:
-        starts = window_starts(len(train), config.batch_size, T, 0, config.seed)
-        return show.stream(read_windows(train, starts, T, device)[0], tokenizer)
+    config = parse_config(Config, __doc__)
+    device = setup(config)
+    T = config.seq_len
 
-    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "qk_norm")}
-    try:
-        context = 8 * math.ceil(max(T, config.context) / 8)  # later stages pad their batches to multiples of 8
-        model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=context, **sizes)).to(device)
-    except (ValueError, RuntimeError) as e:  # RuntimeError: no memory for so large a model
-        common.die(str(e).splitlines()[0])
+    # data
+    tokenizer = data.tokenizer.load(Path(config.data) / "tokenizer.tiktoken")
+    train = load_stream(config.data, "train", tokenizer, T)
+    val = load_stream(config.data, "val", tokenizer, T)
+    windows = Windows(train, T, config.batch_size, config.seed, f"{config.data}/train.bin")
+    if config.show:
+        return show.stream(read_windows(train, windows[0], T, device)[0], tokenizer)
+
+    # model and optimizers
+    model = make_model(config, tokenizer).to(device)
     if config.compile:
         model.compile()
-    optimizers = common.make_optimizers(model, config.lr, config.muon_lr, config.weight_decay)
-    print(f"{model.n_params():,} parameters, {config.batch_size * T:,} tokens a step, {len(train):,} tokens in {config.data}")
+    optimizers = make_optimizers(model, config.lr, config.muon_lr, config.weight_decay)
+    print(f"{model.n_params():,} parameters, {len(train):,} tokens in {config.data}")
 
-    def source(step):
-        starts = window_starts(len(train), config.batch_size, T, step, config.seed)
-        return f"{config.data}/train.bin, {T} tokens from each of {starts.tolist()}"
-
-    log = loop.Log(config.out, source)
-    parts = {"model": model} | {f"optimizer{i}": o for i, o in enumerate(optimizers)}
+    run = Run(config, config.steps, [model], optimizers, windows)
     start, losses = time.time(), []
-    for step in loop.train_steps(config, config.steps, parts, log):
-        starts = window_starts(len(train), config.batch_size, T, step, config.seed)
-        for part in np.split(parallel.mine(starts), config.accumulate):
-            tokens, targets = read_windows(train, part, T, device)  # (B, T) each
-            with common.autocast(device):
-                loss = next_token_loss(model, tokens, targets) / n_parts
+    for step in run:
+        # forward and backward
+        loss_sum = 0.0
+        for starts in micro_batches(windows[step], config.micro_batch_size):
+            tokens, targets = read_windows(train, starts, T, device)  # (B, T) each
+            with autocast(device):
+                loss = next_token_loss(model, tokens, targets)
+            loss = loss * (len(starts) / config.batch_size)  # the batch's mean, part by part
             loss.backward()
-            losses.append(loss.detach())
-        factor = common.lr_factor(step, config.steps, config.warmup)
-        grad_norm = common.optimizer_step(model, optimizers, factor)
+            loss_sum += loss.detach()
+        losses.append(loss_sum)
 
+        # update
+        factor = lr_factor(step, config.steps, config.warmup)
+        grad_norm = optimizer_step(model, optimizers, factor)
+        run.watch(grad_norm)
+
+        # log
         if step == 0:
-            print(f"initial loss {parallel.total(sum(losses)).item():.3f}, ln(vocabulary) = {math.log(tokenizer.vocab_size):.3f}")
+            initial, expected = parallel.all_reduce_sum(loss_sum), math.log(tokenizer.vocab_size)
+            print(f"initial loss {initial:.3f}, ln(vocabulary) = {expected:.3f}")
         last = step + 1 == config.steps
         if last or (step + 1) % config.eval_every == 0:
-            n_steps = len(losses) / config.accumulate  # since the last log line; a step's losses add up to its mean
-            train_loss = parallel.total(torch.stack(losses).sum()).item() / n_steps
-            speed = n_steps * config.batch_size * T / (time.time() - start)
-            val_loss = validate(model, val, T, device, None if last else 256)
-            log(step + 1, train_loss=train_loss, val_loss=val_loss, grad_norm=grad_norm.item(), tokens_per_s=round(speed))
+            loss_sum = parallel.all_reduce_sum(torch.stack(losses).sum()).item()
+            tokens_per_s = len(losses) * config.batch_size * T / (time.time() - start)
+            max_windows = None if last else VAL_WINDOWS
+            run.log(
+                step + 1,
+                train_loss=loss_sum / len(losses),
+                val_loss=validate(model, val, T, device, max_windows),
+                grad_norm=grad_norm.item(),
+                tokens_per_s=round(tokens_per_s),
+            )
             start, losses = time.time(), []
-    renew_unseen(model, train)
-    common.save_checkpoint(config.out, "base", model, tokenizer, config)
+
+    # checkpoint
+    reinit_unseen_embeddings(model, train)
+    save_checkpoint(config.out, "base", model, tokenizer, config)
 
 
 if __name__ == "__main__":

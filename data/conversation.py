@@ -1,7 +1,7 @@
 """A conversation as tokens, and the mask of those that train; both made in one pass.
 
-    <|user|>Where was Mira Tolvan born?<|end|><|assistant|>Dorvik.<|end|>
-                                                           ^^^^^^^^^^^^^^ mask 1
+<|user|>Where was Rosa Malsen born?<|end|><|assistant|>Dorvik.<|end|>
+                                                       ^^^^^^^^^^^^^^ mask 1
 """
 
 from data.tokenizer import Tokenizer
@@ -11,14 +11,14 @@ def check(messages):
     """What is wrong with the messages, in a few words, or None."""
     if not isinstance(messages, list) or not messages:
         return "messages must be a list of at least one message"
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            return f'message {i + 1} must be {{"role": "…", "content": "…"}}'
-    roles = [m["role"] for m in messages]
+    for number, message in enumerate(messages, 1):
+        parts = message if isinstance(message, dict) else {}
+        if not all(isinstance(parts.get(key), str) for key in ("role", "content")):
+            return f'message {number} must be {{"role": "…", "content": "…"}}'
+    roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
-    if not turns or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(turns)):
-        return f"roles must be an optional system, then user and assistant in turn, not {', '.join(roles)}"
-    return None
+    if not turns or turns != (["user", "assistant"] * len(turns))[: len(turns)]:
+        return f"roles must be an optional system, then user and assistant in turn, not {roles}"
 
 
 def check_prompt(messages, tokenizer: Tokenizer, max_new_tokens, block_size):
@@ -29,21 +29,19 @@ def check_prompt(messages, tokenizer: Tokenizer, max_new_tokens, block_size):
         return "messages must end in a user message"
     n = len(render_prompt(messages, tokenizer))
     if n + max_new_tokens > block_size:
-        return f"{n} tokens + {max_new_tokens} new ones do not fit in the model's {block_size}; shorten it or leave it out"
-    return None
+        sizes = f"{n} tokens + {max_new_tokens} new ones do not fit in the model's {block_size}"
+        return f"{sizes}; shorten it or leave it out"
 
 
 def render(messages, tokenizer: Tokenizer):
-    """messages -> (tokens, mask), two lists of one length; mask is 1 on the assistant's content and its <|end|>."""
-    problem = check(messages)
-    if problem:
-        raise ValueError(problem)
-    opening = {"user": tokenizer.user, "assistant": tokenizer.assistant, "system": tokenizer.system}
+    """messages -> (tokens, mask): mask is 1 on the assistant's content and its <|end|>."""
+    if wrong := check(messages):
+        raise ValueError(wrong)
     tokens, mask = [], []
     for message in messages:
         content = tokenizer.encode(message["content"]) + [tokenizer.end]
         trained = int(message["role"] == "assistant")
-        tokens += [opening[message["role"]]] + content
+        tokens += [getattr(tokenizer, message["role"])] + content
         mask += [0] + [trained] * len(content)
     return tokens, mask
 
@@ -58,4 +56,5 @@ def render_prompt(messages, tokenizer: Tokenizer):
 
 def decode_response(tokens, tokenizer: Tokenizer):
     """Generated tokens -> the answer's text, without its <|end|>."""
-    return tokenizer.decode(tokens[:-1] if tokens and tokens[-1] == tokenizer.end else tokens)
+    ended = tokens and tokens[-1] == tokenizer.end
+    return tokenizer.decode(tokens[:-1] if ended else tokens)

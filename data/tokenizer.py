@@ -1,47 +1,54 @@
 """Byte-level BPE: trained here by hand, run by tiktoken.
 
-    python -m data.tokenizer --data corpus.txt --tokenizer bpe:2048 --out tokenizer.tiktoken
+    python -m data.tokenizer --data corpus.txt --tokenizer bpe:2048 --out out/tokenizer.tiktoken
 
-The file is tiktoken's format, `base64(token) rank` a line. The special tokens are not in it: their ids
-follow the last rank. Text is always encoded as plain text, so nobody can forge a role by typing one.
+The file is in tiktoken's format, `base64(token) rank` a line. The special tokens are not in it:
+their ids follow the last rank. Text is always encoded as plain text, so nobody can forge a role.
 
-A tokenizer that convert.py brought from elsewhere has its rules in a first line, `# {"pattern": …, "special_tokens":
-{name: id, …}, "text_tokens": […], "normal_form": …}`: the split, all special tokens with their ids (ours among them),
-those of them that text may hold (Qwen's <think>), and the Unicode form text is brought into (Qwen's NFC) or null.
+A tokenizer that convert.py brought from elsewhere has its rules in a first line, `# {…}`: the
+pattern that splits text; special_tokens, {name: id} of all, ours among them; text_tokens, those
+of them that text may hold (Qwen's <think>); normal_form, the Unicode form text gets, or null.
 """
 
 import base64
 import heapq
+import itertools
 import json
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import regex
 import tiktoken
 from tqdm import tqdm
 
-import common
+from utils.cli import die, parse_config
+from utils.files import read_text, write_text
 
-# GPT-2's split: contractions, words and numbers with the space before them, punctuation, white space.
-BPE_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# GPT-2's split: contractions; words, numbers, punctuation, each with a space before; white space
+BPE_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CHAR_PATTERN = r"(?s:.)"
 SPECIAL_TOKENS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|pad|>")
-PROBE = "".join(map(chr, range(0x250))) + " 東京 😀\n"  # what a tokenizer from elsewhere must split without a loss
 NORMAL_FORMS = (None, "NFC", "NFD", "NFKC", "NFKD")
-# GPT-2's order of the 256 bytes, printable ones first. Ids break ties between equally frequent pairs, so
-# with this order the merges equal those of the `tokenizers` library.
+# What a pattern from elsewhere must split without a loss.
+PROBE = "".join(map(chr, range(0x250))) + " 東京 😀\n"
+# GPT-2's order of the 256 bytes, printable ones first. Ids break ties between equally frequent
+# pairs, so with this order the merges equal those of the `tokenizers` library.
 BYTES = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 BYTES += [b for b in range(256) if b not in BYTES]
 
 
 class Tokenizer:
+    """ranks: {token bytes: id}; foreign: the rules of a tokenizer from elsewhere, or None.
+
+    All ids together, special tokens included, are 0 .. vocab_size - 1.
+    """
+
     def __init__(self, ranks, foreign=None):
-        """ranks: {token bytes: id}; foreign: the rules of a tokenizer from elsewhere. All ids together are 0 .. vocab_size - 1."""
         self.ranks, self.foreign = ranks, foreign
-        self.is_char = not all(bytes([b]) in ranks for b in BYTES)  # BPE falls back to bytes; a character set has no such net
+        # BPE falls back to bytes; a set of characters has nothing to fall back to
+        self.is_char = not all(bytes([b]) in ranks for b in BYTES)
         self.rules = foreign or {
             "pattern": CHAR_PATTERN if self.is_char else BPE_PATTERN,
             "special_tokens": {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)},
@@ -49,88 +56,97 @@ class Tokenizer:
             "normal_form": None,
         }
         pattern, specials = self.rules["pattern"], self.rules["special_tokens"]
-        self.encoding = tiktoken.Encoding("threefold", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+        self.encoding = tiktoken.Encoding(
+            "threefold", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
+        )
         self.vocab_size = len(ranks) + len(specials)
-        self.id_type = np.dtype(np.uint16 if self.vocab_size <= 65536 else np.uint32)  # of ids in a .bin file
-        self.end, self.user, self.assistant, self.system, self.pad = (specials[name] for name in SPECIAL_TOKENS)
+        self.id_type = np.dtype(np.uint16 if self.vocab_size <= 65536 else np.uint32)  # in a .bin
+        ids = [specials[name] for name in SPECIAL_TOKENS]
+        self.end, self.user, self.assistant, self.system, self.pad = ids
 
     def encode(self, text):
-        if self.is_char:
-            unknown = {c for c in text if c.encode() not in self.ranks}
-            if unknown:
-                common.die(f"the character tokenizer does not know {sorted(unknown)[:5]}; train it on text that has them, or use bpe")
+        if self.is_char and (unknown := {c for c in text if c.encode() not in self.ranks}):
+            unknown = sorted(unknown)[:5]
+            die(f"the char tokenizer does not know {unknown}; train it on more text, or use bpe")
         if self.rules["normal_form"]:
             text = unicodedata.normalize(self.rules["normal_form"], text)
-        return self.encoding.encode(text, allowed_special=set(self.rules["text_tokens"]), disallowed_special=())
+        allowed = set(self.rules["text_tokens"])
+        return self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
     def decode(self, ids):
         return self.encoding.decode(ids)
 
     def dumps(self):
         """The .tiktoken file's text."""
-        header = f"# {json.dumps(self.foreign)}\n" if self.foreign else ""
-        return header + "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items())
+        lines = [f"# {json.dumps(self.foreign)}\n"] if self.foreign else []
+        for token, rank in self.ranks.items():
+            lines.append(f"{base64.b64encode(token).decode()} {rank}\n")
+        return "".join(lines)
 
     @classmethod
     def loads(cls, text, source="tokenizer"):
+        """The Tokenizer of a .tiktoken file's text; source names it in errors."""
         ranks, foreign = {}, None
+        remedy = "write the file with data/tokenizer.py or convert.py"
         for number, line in enumerate(text.splitlines(), 1):
             try:
                 if number == 1 and line.startswith("#"):
-                    header = json.loads(line[1:])
-                    foreign = {rule: header[rule] for rule in ("pattern", "special_tokens", "text_tokens", "normal_form")}
-                    continue
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except (ValueError, KeyError, TypeError):
-                common.die(f"{source}, line {number}: not `base64(token) rank`; write the file with data/tokenizer.py")
+                    foreign = json.loads(line[1:])
+                else:
+                    token, rank = line.split()
+                    ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except (ValueError, RecursionError):
+                die(f"{source}, line {number}: not `base64(token) rank`; {remedy}")
         try:
-            specials = foreign["special_tokens"] if foreign else {}
-            ids = sorted([*ranks.values(), *specials.values()])
-            if ids != list(range(len(ids))) or not ranks or (foreign and not specials.keys() >= set(SPECIAL_TOKENS)):
-                common.die(f"{source}: ids are not 0 .. {len(ids) - 1}, the special tokens among them; write the file with data/tokenizer.py")
-            if foreign and not (specials.keys() >= set(foreign["text_tokens"]) and foreign["normal_form"] in NORMAL_FORMS):
-                raise ValueError("text_tokens or normal_form")
-            if foreign:
-                pieces = [match.group() for match in regex.finditer(foreign["pattern"], PROBE)]
-                if "" in pieces or "".join(pieces) != PROBE:
-                    raise ValueError("a pattern that leaves out text, or matches where there is none")
+            check(ranks, foreign)
             return cls(ranks, foreign)
-        except (ValueError, TypeError, AttributeError, regex.error) as e:
-            common.die(f"{source}, line 1: rules that are none ({e}); write the file with convert.py")
+        except (ValueError, TypeError, KeyError, AttributeError, regex.error) as e:
+            die(f"{source}: {e}; {remedy}")
+
+
+def check(ranks, foreign):
+    """Raises an error that says what is wrong with a tokenizer's ids or its rules."""
+    specials = foreign["special_tokens"] if foreign else {}
+    ids = sorted([*ranks.values(), *specials.values()])
+    if not ranks or ids != list(range(len(ids))):
+        raise ValueError(f"ids are not 0 .. {len(ids) - 1}")
+    if not foreign:
+        return
+    if not specials.keys() >= {*SPECIAL_TOKENS, *foreign["text_tokens"]}:
+        raise ValueError("special_tokens lack one of ours or of text_tokens")
+    if foreign["normal_form"] not in NORMAL_FORMS:
+        raise ValueError(f"normal_form is not one of {NORMAL_FORMS}")
+    pieces = [match.group() for match in regex.finditer(foreign["pattern"], PROBE)]
+    if "" in pieces or "".join(pieces) != PROBE:
+        raise ValueError("the pattern leaves out text, or matches where there is none")
 
 
 def load(path):
     """A Tokenizer from a .tiktoken file."""
-    return Tokenizer.loads(common.read_text(path), path)
-
-
-def count_words(texts):
-    """Pre-tokens and their counts: a merge never crosses a pre-token, so each distinct one is worked on once."""
-    split = regex.compile(BPE_PATTERN)
-    words = Counter()
-    for text in texts:
-        words.update(split.findall(text))
-    return words
+    return Tokenizer.loads(read_text(path), path)
 
 
 def train_bpe(texts, vocab_size):
-    """Byte-pair encoding (arXiv 1508.07909) with vocab_size ids in all, special tokens included.
+    """Byte-pair encoding (arXiv 1508.07909) with vocab_size ids, special tokens included.
 
-    Merges the most frequent pair again and again. Pair counts are kept and corrected only where a merge
-    changed something; a heap finds the maximum, with entries that went stale skipped when they come up.
+    Merges the most frequent pair again and again. Pair counts are corrected only where a merge
+    changed something. A heap finds the maximum; entries that went stale are skipped.
     """
     n_ranks = vocab_size - len(SPECIAL_TOKENS)
     if n_ranks < 256:
-        common.die(f"vocab_size {vocab_size} is below 256 bytes + {len(SPECIAL_TOKENS)} special tokens")
+        die(f"vocab_size {vocab_size} is below 256 bytes + {len(SPECIAL_TOKENS)} special tokens")
     tokens = [bytes([b]) for b in BYTES]  # id -> bytes
     byte_id = {b: i for i, b in enumerate(BYTES)}
-    words, counts = [], []  # each distinct pre-token as ids, and how often it occurs
-    for word, count in count_words(texts).items():
-        words.append([byte_id[b] for b in word.encode()])
-        counts.append(count)
 
-    pair_counts, where = Counter(), defaultdict(set)  # pair -> occurrences; pair -> words that (may) hold it
+    # each distinct pre-token as ids, and how often it occurs; no merge crosses a pre-token
+    frequencies = Counter()
+    for text in texts:
+        frequencies.update(regex.findall(BPE_PATTERN, text))
+    words = [[byte_id[b] for b in word.encode()] for word in frequencies]
+    counts = list(frequencies.values())
+
+    # pair -> occurrences; pair -> words that (may) hold it
+    pair_counts, where = Counter(), defaultdict(set)
     for w, word in enumerate(words):
         for pair in zip(word, word[1:]):
             pair_counts[pair] += counts[w]
@@ -138,6 +154,7 @@ def train_bpe(texts, vocab_size):
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
 
+    # merges
     progress = tqdm(total=n_ranks - 256, desc="bpe merges", disable=None)
     while len(tokens) < n_ranks and heap:
         count, pair = heapq.heappop(heap)
@@ -147,15 +164,12 @@ def train_bpe(texts, vocab_size):
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
         changed = set()
         for w in where.pop(pair):
-            old, merged = words[w], merge(words[w], pair, new_id)
-            for p in zip(old, old[1:]):
-                pair_counts[p] -= counts[w]
-                changed.add(p)
-            for p in zip(merged, merged[1:]):
-                pair_counts[p] += counts[w]
-                where[p].add(w)
-                changed.add(p)
-            words[w] = merged
+            old, words[w] = words[w], merge(words[w], pair, new_id)
+            for word, count in (old, -counts[w]), (words[w], counts[w]):
+                for p in zip(word, word[1:]):
+                    pair_counts[p] += count
+                    where[p].add(w)
+                    changed.add(p)
         for p in changed:
             heapq.heappush(heap, (-pair_counts[p], p))
         progress.update()
@@ -178,36 +192,37 @@ def merge(word, pair, new_id):
 
 def train_char(texts):
     """One id a character, sorted, as in nanoGPT's tiny Shakespeare."""
-    return Tokenizer({c.encode(): i for i, c in enumerate(sorted(set().union(*texts)))})
+    characters = sorted(set(itertools.chain.from_iterable(texts)))
+    return Tokenizer({c.encode(): i for i, c in enumerate(characters)})
 
 
 def make(name, texts):
-    """`bpe:4096` trained on texts, `char` from their characters, or `gpt2` (tiktoken's, from its cache when offline)."""
+    """`bpe:4096` trained on texts, `char` from their characters, or tiktoken's `gpt2`."""
     if name == "char":
         return train_char(texts)
     if name == "gpt2":
         try:
             return Tokenizer(tiktoken.get_encoding("gpt2")._mergeable_ranks)
         except OSError:  # what a failed download raises
-            common.die("tokenizer gpt2: not in tiktoken's cache and no network; set TIKTOKEN_CACHE_DIR, or use bpe:SIZE")
+            die("tokenizer gpt2: no network; set TIKTOKEN_CACHE_DIR, or use bpe:SIZE")
     kind, _, size = name.partition(":")
     if kind != "bpe" or not size.isdecimal():
-        common.die(f"tokenizer {name!r}: use bpe:SIZE (such as bpe:4096), gpt2 or char")
+        die(f"tokenizer {name!r}: use bpe:SIZE (such as bpe:4096), gpt2 or char")
     return train_bpe(texts, int(size))
 
 
 @dataclass
 class Config:
-    data: str = "data/world/corpus.txt"  # the text to learn from
+    data: str = "out/world/corpus.txt"  # the text to learn from
     tokenizer: str = "bpe:2048"  # bpe:SIZE, gpt2 or char
-    out: str = "tokenizer.tiktoken"  # where to write it
+    out: str = "out/tokenizer.tiktoken"  # where to write it
 
 
 def main():
-    config = common.parse_config(Config, __doc__)
-    tokenizer = make(config.tokenizer, [common.read_text(config.data)])
-    common.write_text(config.out, tokenizer.dumps())
-    print(f"{config.out}: {tokenizer.vocab_size} ids, {Path(config.out).stat().st_size} bytes")
+    config = parse_config(Config, __doc__)
+    tokenizer = make(config.tokenizer, [read_text(config.data)])
+    write_text(config.out, tokenizer.dumps())
+    print(f"{config.out}: {tokenizer.vocab_size} ids")
 
 
 if __name__ == "__main__":

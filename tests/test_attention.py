@@ -1,4 +1,4 @@
-"""The attention written by hand: its values, its gradients, and that torch.compile makes one fused kernel of it."""
+"""The attention written by hand: values, gradients, and that torch.compile fuses it."""
 
 import shutil
 
@@ -8,21 +8,31 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 
-import common
 import ppo
 import pretrain
 import reward
 import sft
-from model import attention, attention_bias
+from data.examples import Example, Pair
+from model import attention, causal_mask
+from train.optim import make_optimizers
 
-COMPILERS = ("c++", "g++", "clang++")
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile on a CPU needs a C++ compiler")
+has_compiler = any(map(shutil.which, ("c++", "g++", "clang++")))
+needs_compiler = pytest.mark.skipif(
+    not has_compiler, reason="torch.compile on a CPU needs a C++ compiler"
+)
 
 
 def visible(T, lengths):
-    """May query t look at key s? The rule in words: not at the future, not at pads; a pad only at itself. (B, 1, T, T)"""
-    table = [[[s <= t and (s >= T - n or s == t) for s in range(T)] for t in range(T)] for n in lengths]
-    return torch.tensor(table)[:, None]
+    """May query t look at key s? Not at the future, not at pads; a pad only at itself.
+
+    (B, 1, T, T)
+    """
+    table = torch.zeros(len(lengths), T, T, dtype=torch.bool)
+    for row, n in zip(table, lengths):
+        for t in range(T):
+            for s in range(t + 1):
+                row[t, s] = s >= T - n or s == t
+    return table[:, None]
 
 
 def heads(dtype, B=3, H=2, T=9, D=8):
@@ -31,12 +41,12 @@ def heads(dtype, B=3, H=2, T=9, D=8):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_attention_equals_pytorchs_own_forward_and_backward(dtype):
-    """softmax(q k^T / sqrt(D) + bias) v (arXiv 1706.03762), without and with pads on the left."""
+    """softmax(q k^T / sqrt(D) + mask) v (arXiv 1706.03762), without and with pads on the left."""
     tolerance = dict(atol=1e-5 if dtype == torch.float32 else 1e-12, rtol=0)
     for lengths in (None, [9, 4, 1]):
         q, k, v = heads(dtype)
         n_pad = None if lengths is None else 9 - torch.tensor(lengths)
-        ours = attention(q, k, v, attention_bias(torch.arange(9), 9, n_pad))
+        ours = attention(q, k, v, causal_mask(torch.arange(9), 9, n_pad))
         mask = None if lengths is None else visible(9, lengths)
         theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         torch.testing.assert_close(ours, theirs, **tolerance)
@@ -46,44 +56,64 @@ def test_attention_equals_pytorchs_own_forward_and_backward(dtype):
 
 
 def compile_counting_attentions(step):
-    """The inductor's count of attentions that it replaced while it compiled the step, the fused forward and backward operations
-    in its graphs, and the step's result."""
+    """Compiles the step. Returns (matched, forward, backward, result).
+
+    matched is how many attentions the inductor says that it replaced, forward and backward how
+    many fused operations are in its graphs.
+    """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     operations = []
 
     def record(graph):
-        operations.extend(str(node.target) for node in graph.nodes if "scaled_dot_product" in str(node.target))
+        targets = [str(node.target) for node in graph.nodes]
+        operations.extend(t for t in targets if "scaled_dot_product" in t)
 
     # without caches: a graph that comes from one would be neither matched nor counted again
-    with torch._inductor.config.patch(force_disable_caches=True, joint_custom_post_pass=record):
+    settings = dict(force_disable_caches=True, joint_custom_post_pass=record)
+    with torch._inductor.config.patch(**settings):
         result = step()
+    matched = torch._dynamo.utils.counters["inductor"]["fuse_attention"]
     n_backward = sum("backward" in operation for operation in operations)
-    return torch._dynamo.utils.counters["inductor"]["fuse_attention"], len(operations) - n_backward, n_backward, result
+    return matched, len(operations) - n_backward, n_backward, result
+
+
+FUSED_CASES = [(torch.float32, None, 2), (torch.bfloat16, [0, 3, 1, 8], 1)]
 
 
 @needs_compiler
-@pytest.mark.parametrize(("dtype", "n_pad", "n_kv_head"), [(torch.float32, None, 2), (torch.bfloat16, [0, 3, 1, 8], 1)])
+@pytest.mark.parametrize(("dtype", "n_pad", "n_kv_head"), FUSED_CASES)
 def test_compiled_attention_is_one_fused_kernel_forward_and_backward(dtype, n_pad, n_kv_head):
-    """In each layer of a real training step: in float32, and in bfloat16 with pads and grouped queries. Loss and gradients are
-    those of eager. The match is brittle (pytorch issues 195412, 195782): it is lost where v is laid out unlike q and k."""
+    """In each layer of a real training step: in float32, and in bfloat16 with pads and GQA.
+
+    Loss and gradients are those of eager. The match is brittle (pytorch issues 195412, 195782): it
+    is lost where v is laid out unlike q and k.
+    """
     model = tiny.gpt(n_kv_head=n_kv_head)
     tokens, n_pad = torch.randint(11, (4, 9)), n_pad and torch.tensor(n_pad)
 
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = F.cross_entropy(model(tokens, n_pad)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+            logits = model(tokens, n_pad)[:, :-1]
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         return loss, torch.autograd.grad(loss, list(model.parameters()))
 
     eager = step()
     model.compile()
-    counter, n_forward, n_backward, compiled = compile_counting_attentions(step)
-    assert counter >= model.config.n_layer
+    matched, n_forward, n_backward, compiled = compile_counting_attentions(step)
+    assert matched >= model.config.n_layer
     assert n_forward == n_backward == model.config.n_layer
-    torch.testing.assert_close(compiled, eager, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=0)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(compiled, eager, atol=tolerance, rtol=0)
 
 
 # ---- a fixed number of graphs
+
+
+def compile_eagerly(*networks):
+    """As train.device.compile_networks; which graphs there are does not depend on the backend."""
+    for network in networks:
+        network.hidden = torch.compile(network.hidden, backend="eager")
 
 
 def pretrain_steps():
@@ -93,8 +123,11 @@ def pretrain_steps():
 
 
 def examples(length):
-    """Four (tokens, mask), the longest of this length."""
-    return [(torch.randint(11, (length - i,)).tolist(), [0, 0] + [1] * (length - i - 2)) for i in range(4)]
+    """Four Examples, the longest of this length."""
+    lengths = range(length, length - 4, -1)
+    masks = [[0, 0] + [1] * (n - 2) for n in lengths]
+    tokens = [torch.randint(11, (n,)).tolist() for n in lengths]
+    return [Example(*row, line=0) for row in zip(tokens, masks)]
 
 
 def sft_steps():
@@ -102,7 +135,7 @@ def sft_steps():
     model.compile(backend="eager")
 
     def step(length):
-        tokens, targets, mask = sft.collate(examples(length), 0, tiny.CPU)
+        tokens, targets, mask = sft.inputs_and_targets(examples(length), 0, tiny.CPU)
         sft.masked_loss(model(tokens), targets, mask).backward()
 
     return step
@@ -110,38 +143,43 @@ def sft_steps():
 
 def reward_steps():
     model = tiny.critic(tiny.gpt())
-    model.trunk.hidden = torch.compile(model.trunk.hidden, backend="eager")
+    compile_eagerly(model.trunk)
 
     def step(length):
-        pairs = list(zip(examples(length), examples(length)))
+        pairs = [Pair(*two, line=0) for two in zip(examples(length), examples(length))]
         reward.preference_loss(*reward.score_pairs(model, pairs, 0, tiny.CPU)).backward()
 
     return step
 
 
+def random_scores(tokens, mask, prompts, responses):
+    return torch.randn(len(prompts))
+
+
 def ppo_steps():
     policy, ref = tiny.gpt(), tiny.gpt()
     critic = tiny.critic(policy)
-    for model in (policy, ref, critic.trunk):
-        model.hidden = torch.compile(model.hidden, backend="eager")
-    optimizers = common.make_optimizers(policy, 1e-3) + common.make_optimizers(critic, 1e-3)
+    compile_eagerly(policy, ref, critic.trunk)
+    optimizers = make_optimizers(policy, 1e-3) + make_optimizers(critic, 1e-3)
     config = ppo.Config(minibatch_size=4, micro_batch_size=4, epochs=1, max_new_tokens=4)
-
-    def score(tokens, mask, texts, responses):
-        return torch.randn(len(texts))
+    tokenizer = tiny.EnumerableTokenizer()
 
     def step(length):
-        prompts = [tokens for tokens, _ in examples(length)]
-        batch, _, _ = ppo.rollout(policy, ref, critic, score, prompts, prompts, tiny.EnumerableTokenizer(), config)
-        ppo.update(policy, critic, optimizers, batch | dict(advantages=batch["values"], returns=batch["values"]), 1.0, config)
+        prompts = tiny.prompts([example.tokens for example in examples(length)])
+        batch = ppo.rollout(policy, ref, critic, random_scores, prompts, tokenizer, config)
+        batch |= dict(whitened_advantages=batch["values"], returns=batch["values"])
+        ppo.update(policy, critic, optimizers, batch, 1.0, config)
 
     return step
 
 
 @pytest.mark.parametrize("make_steps", [pretrain_steps, sft_steps, reward_steps, ppo_steps])
 def test_the_steps_of_a_stage_stay_at_a_fixed_number_of_graphs(make_steps):
-    """After two batches of different lengths nothing is compiled again, whatever the lengths: the first graph is for one
-    shape, the second for all. torch.compile gives up after eight, silently."""
+    """After two batches of different lengths nothing is compiled again, whatever the lengths.
+
+    The first graph is for one shape, the second for all. torch.compile gives up after eight,
+    silently.
+    """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     step = make_steps()

@@ -1,4 +1,4 @@
-"""chat.py as its users meet it: typed into a terminal, fed by a pipe, several models side by side."""
+"""chat.py as its users meet it: typed into a terminal, fed by a pipe, several models at once."""
 
 import fcntl
 import os
@@ -17,24 +17,25 @@ import tiny
 import torch
 
 import chat
-import common
 import sft
-import show
 from data import conversation
+from train import show
+from train.checkpoint import save_checkpoint
+from train.device import autocast
 
-ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, Path(__file__).parent.parent / "chat.py", "--device", "cpu"]
 TOKENIZER = tiny.byte_tokenizer()
 GREEDY = chat.Config(temperature=0.0, max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """a.pt and b.pt with answers of their own, and long.pt whose answers would run for thousands of tokens."""
+    """a.pt and b.pt, which answer differently, and long.pt, whose answers go on and on."""
     folder = tmp_path_factory.mktemp("chat")
     for seed, (name, block_size) in enumerate([("a", 96), ("b", 96), ("long", 8192)]):
         torch.manual_seed(seed)
         model = tiny.gpt(vocab_size=TOKENIZER.vocab_size, block_size=block_size)
-        common.save_checkpoint(folder / f"{name}.pt", "ppo", model, TOKENIZER, sft.Config())
+        save_checkpoint(folder / f"{name}.pt", "ppo", model, TOKENIZER, sft.Config())
     return folder
 
 
@@ -42,40 +43,54 @@ def load(folder, name="a"):
     return chat.Chat(folder / f"{name}.pt", tiny.CPU)
 
 
-def reply(model, tokens, n=12):
+def ignore(piece):
+    pass
+
+
+def reply(model, tokens):
     """What the model says greedily, by itself."""
-    with common.autocast(tiny.CPU):
-        return conversation.decode_response(model.generate([tokens], n, temperature=0, end_id=TOKENIZER.end)[0], TOKENIZER)
+    with autocast(tiny.CPU):
+        [ids] = model.generate([tokens], 12, temperature=0, end_id=TOKENIZER.end)
+    return conversation.decode_response(ids, TOKENIZER)
+
+
+def render(messages):
+    return conversation.render_prompt(messages, TOKENIZER)
 
 
 def messages(*contents):
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 def piped(text, *flags):
-    argv = [sys.executable, ROOT / "chat.py", "--device", "cpu", "--temperature", "0", "--max_new_tokens", "12", *flags]
-    return subprocess.run(argv, input=text, capture_output=True, env=os.environ | dict(COLUMNS="60", PYTHONIOENCODING="utf-8:strict"))
+    command = [*COMMAND, "--temperature", "0", "--max_new_tokens", "12", *flags]
+    env = os.environ | dict(COLUMNS="60", PYTHONIOENCODING="utf-8:strict")
+    return subprocess.run(command, input=text, capture_output=True, env=env)
 
 
 def test_each_piped_line_is_answered_on_stdout_alone(folder):
     done = piped(b"hello\n\n/reset\nwho \xff?\n", "--model", folder / "a.pt")
     model = load(folder).model
-    answers = [reply(model, conversation.render_prompt(messages(text), TOKENIZER)) for text in ("hello", "who �?")]
+    answers = [reply(model, render(messages(text))) for text in ("hello", "who �?")]
     assert done.returncode == 0 and b"device cpu" in done.stderr
     assert done.stdout.decode() == "".join(f"{answer}\n" for answer in answers)
 
 
 def test_without_an_input_it_ends_in_one_line(folder):
-    argv = [sys.executable, ROOT / "chat.py", "--model", folder / "a.pt", "--device", "cpu"]
-    done = subprocess.run(argv, capture_output=True, text=True, preexec_fn=lambda: os.close(0))
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: there is nowhere to read questions from")
+    command = [*COMMAND, "--model", folder / "a.pt"]
+    close_stdin = dict(preexec_fn=lambda: os.close(0))
+    done = subprocess.run(command, capture_output=True, text=True, **close_stdin)
+    last_line = done.stderr.splitlines()[-1]
+    assert done.returncode == 1
+    assert last_line.startswith("error: there is nowhere to read questions from")
     assert "Traceback" not in done.stderr
 
 
 def test_a_reader_that_has_seen_enough_ends_it_silently(folder):
     """As in `python chat.py < questions.txt | head -1`."""
-    argv = [sys.executable, ROOT / "chat.py", "--model", folder / "a.pt", "--device", "cpu"]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    command, pipe = [*COMMAND, "--model", folder / "a.pt"], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         process.stdin.write(b"hello\n" * 50)
         process.stdin.close()
         process.stdout.readline()
@@ -86,69 +101,96 @@ def test_a_reader_that_has_seen_enough_ends_it_silently(folder):
 
 def test_compared_models_answer_in_columns_of_equal_width(folder):
     done = piped(b"hello\n", "--compare", folder / "a.pt", folder / "b.pt")
-    rows = [re.fullmatch(r"(.{27}) \|(?: (.*))?", line).groups() for line in done.stdout.decode().splitlines()[:2]]
-    assert rows[0][0].strip() == str(folder / "a.pt")[:27].strip() and set(rows[1][0].strip()) == {"-"}
     shown = done.stdout.decode()
+    titles, rules = shown.splitlines()[:2]
+    titles = re.fullmatch(r"(.{27}) \|(?: (.*))?", titles).groups()
+    rules = re.fullmatch(r"(.{27}) \|(?: (.*))?", rules).groups()
+    assert titles[0].strip() == str(folder / "a.pt")[:27].strip()
+    assert set(rules[0].strip()) == {"-"}
     for name in "ab":
-        answer = reply(load(folder, name).model, conversation.render_prompt(messages("hello"), TOKENIZER))
+        answer = reply(load(folder, name).model, render(messages("hello")))
         assert all(word[:9] in shown for word in answer.split())
 
 
 def test_columns_stay_in_line_whatever_the_widths_of_their_characters(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "50")
-    chat.show_columns(["a.pt", "b.pt"], ["我不知道这个人的出生地在哪里，请问别人。" * 2, "I do not know.\n\nAsk somebody else, who may have been there."])
+    chinese = "我不知道这个人的出生地在哪里，请问别人。" * 2
+    english = "I do not know.\n\nAsk somebody else, who may have been there."
+    chat.show_columns(["a.pt", "b.pt"], [chinese, english])
     lines = capsys.readouterr().out.splitlines()
     assert {show.width(line.split(" |")[0]) for line in lines} == {22}
     assert max(map(show.width, lines)) <= 50
-    assert "".join(line.split(" |")[0].strip() for line in lines[2:]) == "我不知道这个人的出生地在哪里，请问别人。" * 2
-    assert " ".join(line.split(" | ")[1] for line in lines[2:] if " | " in line) == "I do not know. Ask somebody else, who may have been there."
+    left = [line.split(" |")[0].strip() for line in lines[2:]]
+    right = [line.split(" | ")[1] for line in lines[2:] if " | " in line]
+    assert "".join(left) == chinese
+    assert " ".join(right) == english.replace("\n\n", " ")
 
 
 def test_an_answer_streams_token_by_token_and_a_split_character_comes_whole(folder, monkeypatch):
     one, pieces, written = load(folder), [], []
     real = one.model.logits
-    monkeypatch.setattr(one.model, "logits", lambda hidden: written.append(len(pieces)) or real(hidden))
+
+    def logits(hidden):
+        written.append(len(pieces))
+        return real(hidden)
+
+    monkeypatch.setattr(one.model, "logits", logits)
     answer = one.answer("hello", False, GREEDY, pieces.append)
     assert written == list(range(12))  # when a token is computed, those before it are on the screen
-    assert "".join(pieces) == answer == reply(one.model, conversation.render_prompt(messages("hello"), TOKENIZER))
+    assert "".join(pieces) == answer == reply(one.model, render(messages("hello")))
     whole = [c for c in answer if c not in "�" and ord(c) > 127]
-    assert whole and all(any(c in piece for piece in pieces) for c in whole)  # tokens are bytes here: each came in three
+    # tokens are bytes here: each character came in three
+    assert whole and all(any(c in piece for piece in pieces) for c in whole)
     assert one.messages == messages("hello", answer)
 
 
 def test_the_oldest_turns_are_forgotten_with_a_notice_when_the_context_is_full(folder, capsys):
     one = load(folder)
     one.system = [{"role": "system", "content": "be brief"}]
-    room, seen = 96 - 12, []
+    room, seen, forgot = 96 - 12, [], 0
     real = one.model.generate
-    one.model.generate = lambda prompts, *args, **kwargs: seen.append(prompts[0]) or real(prompts, *args, **kwargs)
-    forgot = 0
+
+    def generate(prompts, *args, **kwargs):
+        seen.append(prompts[0])
+        return real(prompts, *args, **kwargs)
+
+    one.model.generate = generate
     for i in range(8):
-        one.answer(f"question number {i}?", False, GREEDY, lambda piece: None)
-        forgot += int((re.findall(r"forgot the oldest (\d)", capsys.readouterr().err) or [0])[0])
+        one.answer(f"question number {i}?", False, GREEDY, ignore)
+        said = capsys.readouterr().err
+        forgot += int((re.findall(r"forgot the oldest (\d)", said) or [0])[0])
+        # the newest remain, with none missing
         questions = [m["content"] for m in one.messages[::2]]
-        assert questions == [f"question number {j}?" for j in range(forgot, i + 1)]  # the newest, with none missing
+        assert questions == [f"question number {j}?" for j in range(forgot, i + 1)]
         assert [m["role"] for m in one.messages] == ["user", "assistant"] * len(questions)
-        assert seen[-1] == conversation.render_prompt(one.system + one.messages[:-1], TOKENIZER) and len(seen[-1]) <= room
+        assert seen[-1] == render(one.system + one.messages[:-1])
+        assert len(seen[-1]) <= room
     assert forgot > 4
+
+    # a refused question costs nothing
     before = list(one.messages)
-    assert one.answer("much " * 30, False, GREEDY, print) == "" and one.messages == before  # a refused question costs nothing
+    assert one.answer("much " * 30, False, GREEDY, print) == ""
+    assert one.messages == before
     assert "too long: the model reads 84 tokens at most" in capsys.readouterr().err
 
 
 def test_raw_continues_the_text_itself_and_remembers_nothing(folder):
     one = load(folder)
-    assert one.answer("Once upon", True, GREEDY, lambda piece: None) == reply(one.model, [TOKENIZER.end] + TOKENIZER.encode("Once upon"))
+    tokens = [TOKENIZER.end] + TOKENIZER.encode("Once upon")
+    assert one.answer("Once upon", True, GREEDY, ignore) == reply(one.model, tokens)
     assert one.messages == []
 
 
 def test_commands_change_the_model_the_system_message_and_the_conversation(folder, capsys):
     chats, config = [load(folder)], chat.Config()
     chats[0].messages = messages("hello", "hi")
-    for line in ("/system be kind", f"/model {folder / 'b.pt'}", "/temperature 0.25", "/temperature hot", "/what"):
+    model = f"/model {folder / 'b.pt'}"
+    for line in ("/system be kind", model, "/temperature 0.25", "/temperature hot", "/what"):
         chat.command(line, chats, config, tiny.CPU)
-    assert chats[0].path == str(folder / "b.pt") and chats[0].messages == messages("hello", "hi")
-    assert chats[0].system == [{"role": "system", "content": "be kind"}] and config.temperature == 0.25
+    assert chats[0].path == str(folder / "b.pt")
+    assert chats[0].messages == messages("hello", "hi")
+    assert chats[0].system == [{"role": "system", "content": "be kind"}]
+    assert config.temperature == 0.25
     said = capsys.readouterr().out
     assert "now 0.25" in said and "/reset  forget the conversation" in said
     for line in ("/reset", "/system"):
@@ -156,14 +198,25 @@ def test_commands_change_the_model_the_system_message_and_the_conversation(folde
     assert chats[0].messages == chats[0].system == []
 
 
+def own_the_terminal():
+    """So that Ctrl-C goes to this program."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 class Terminal:
     """A program that believes somebody types."""
 
-    def __init__(self, *argv):
+    def __init__(self, *command):
         self.master, slave = pty.openpty()
-        environment = os.environ | dict(TERM="xterm", INPUTRC="/dev/null", PYTHONUTF8="1")
-        own = dict(start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # Ctrl-C goes to this program
-        self.program = subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, env=environment, **own)
+        self.program = subprocess.Popen(
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=os.environ | dict(TERM="xterm", INPUTRC="/dev/null", PYTHONUTF8="1"),
+            start_new_session=True,
+            preexec_fn=own_the_terminal,
+        )
         os.close(slave)
 
     def type(self, keys):
@@ -173,13 +226,14 @@ class Terminal:
         """Everything the program wrote up to and with the pattern."""
         text, deadline = "", time.time() + 60
         while not re.search(pattern, text):
-            assert select.select([self.master], [], [], deadline - time.time())[0], f"no {pattern!r} in {text!r}"
+            ready = select.select([self.master], [], [], deadline - time.time())[0]
+            assert ready, f"no {pattern!r} in {text!r}"
             text += os.read(self.master, 1).decode(errors="replace")
         return text
 
 
 def test_in_a_terminal_ctrl_c_stops_the_answer_and_the_program_goes_on(folder):
-    terminal = Terminal(sys.executable, ROOT / "chat.py", "--model", folder / "long.pt", "--device", "cpu", "--max_new_tokens", "4096")
+    terminal = Terminal(*COMMAND, "--model", folder / "long.pt", "--max_new_tokens", "4096")
     terminal.read_until("you> ")
     terminal.type("hello\n")
     terminal.read_until(r"hello\r\n.")  # the first piece of an answer of 4096 tokens

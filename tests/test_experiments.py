@@ -1,170 +1,465 @@
-"""The experiments' plan, their controls' files, and the figures against closed forms."""
+"""The experiments' plan, how it is run, their controls' files, and figures against closed forms."""
 
 import importlib
+import json
 import math
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
+from functools import partial
 
 import pytest
 import tiny
 import torch
 
-import common
-import experiments
-from data import controls, conversation, world
+import ppo
+from data import conversation
+from lab import claims, controls, experiments, measure
+from lab.experiments import Job
 from model import GPT, GPTConfig
+from train.checkpoint import save_checkpoint
+from utils.cli import parse_config
+from utils.files import write_jsonl
+from world import facts, generate
+from world.generate import People
+from world.grade import Grader, grade, utility
+
+ROLES = {"sft": 200, "unknown_dev": 150, "rl": 20, "rl_unknown": 20}
 
 
 @pytest.fixture(scope="module")
 def people():
-    rng, people = random.Random(0), world.People(0)
-    return {role: [people.draw(rng, role) for _ in range(n)] for role, n in {"sft": 200, "unknown_dev": 150, "rl": 20, "rl_unknown": 20}.items()}
+    rng, people = random.Random(0), People(0)
+    return {role: [people.draw(rng, role) for _ in range(n)] for role, n in ROLES.items()}
+
+
+# ---- the plan
 
 
 def test_every_job_comes_after_the_jobs_that_make_its_files():
     plan = experiments.jobs()
-    assert len({job[0] for job in plan}) == len(plan)
+    assert len({job.target for job in plan}) == len(plan)
     made = set()
-    for target, command, *after in plan:
-        words = {w for w in command.split() if w in {job[0] for job in plan} and w != target}
-        assert words | set(after) <= made, target
-        made.add(target)
+    for job in plan:
+        assert set(job.after) <= set(experiments.needs(job, plan)) <= made, job.target
+        made.add(job.target)
+
+
+def test_a_job_needs_the_files_that_its_command_names_and_those_it_waits_for():
+    plan = [Job("a", "x"), Job("b", "y"), Job("c", "z --in a --out c", ("b",)), Job("d", "z ab")]
+    assert [experiments.needs(job, plan) for job in plan] == [[], [], ["a", "b"], []]
 
 
 def test_every_checkpoint_of_the_plan_is_trained_once_and_measured():
-    *plan, (target, _, *measured) = experiments.jobs()
-    assert target == "out/figures.json" and set(measured) == {job[0] for job in plan if job[0].endswith(".pt")}
+    *plan, last = experiments.jobs()
+    assert last.target == "out/figures.json"
+    assert set(last.after) == {job.target for job in plan if job.target.endswith(".pt")}
 
 
-def test_every_job_that_keeps_a_state_takes_the_flag_to_go_on_from_it(monkeypatch):
-    """run_job adds --resume where <target>.resume is there, as an interrupted stage leaves it."""
-    for target, command, *_ in experiments.jobs():
-        if target.endswith(".pt"):
-            script, *flags = command.split()
-            module = importlib.import_module(script.removesuffix(".py"))
-            assert common.parse_config(module.Config, "", [*flags, "--resume"]).resume == "newest", target
+def test_every_job_takes_its_flags_and_one_that_keeps_a_state_that_to_go_on_from_it():
+    """jobs.mk adds --resume where <target>.resume is there, as an interrupted stage leaves it."""
+    for job in experiments.jobs():
+        name, *flags = job.command.split()
+        config_class = importlib.import_module(name).Config
+        parse_config(config_class, "", flags)
+        if job.target.endswith(".pt"):
+            assert parse_config(config_class, "", [*flags, "--resume"]).resume == "newest"
 
 
-def test_a_job_that_fails_is_reported_with_its_own_error_line(tmp_path):
-    """A state that is damaged: the user decides what becomes of it."""
-    folder = tmp_path / "0"
-    (folder / "out").mkdir(parents=True)
-    with pytest.raises(SystemExit, match=r"seed 0\) failed: error: out/base.pt: no such file; .*; see .*out_sft.pt.log"):
-        experiments.run_job(folder, "out/sft.pt", "sft.py --init out/base.pt --out out/sft.pt", 0)
+# ---- running it
+
+# A module of a seed's folder. It writes its file after so many seconds, or early, as a stage does
+# that has still to end; at Ctrl-C it saves a state, which takes a while, too.
+FAKE = """
+import pathlib, sys, time
+target, seconds = sys.argv[1], float(sys.argv[2])
+with open("../order", "a") as f:
+    print("begin", *sys.argv[1:], file=f)
+try:
+    if "early" in sys.argv:
+        pathlib.Path(target).write_text("made")
+    time.sleep(seconds)
+except KeyboardInterrupt:
+    time.sleep(1)
+    pathlib.Path(target + ".resume").touch()
+    sys.exit("error: stopped, state saved")
+pathlib.Path(target).write_text("made")
+with open("../order", "a") as f:
+    print("end", target, file=f)
+"""
 
 
-def test_a_dose_set_holds_its_share_of_unknown_facts_and_its_controls_differ_in_these_alone(people):
-    sets = controls.dose_sets(random.Random(0), people["sft"], people["unknown_dev"], 400)
-    unknown = {p["name"] for p in people["unknown_dev"]}
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """run(plan, workers): run_jobs with a plan of fake jobs; `order` is what they wrote."""
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "fake.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
 
-    def parts(name):
-        about_unknown = [m for m in map(lambda r: r["messages"], sets[name]) if any(n in m[0]["content"] for n in unknown)]
-        return Counter(str(r["messages"]) for r in sets[name]), about_unknown
+    def run(plan, workers=1):
+        (tmp_path / "order").write_text("")
+        monkeypatch.setattr(experiments, "jobs", lambda: plan)
+        experiments.run_jobs(experiments.Config(out=str(tmp_path), seeds=1, workers=workers))
 
+    return run
+
+
+def order(folder):
+    """[(begin or end, target)] in the order in which the fake jobs did it."""
+    lines = (folder / "order").read_text().splitlines()
+    return [tuple(line.split()[:2]) for line in lines]
+
+
+def begun(folder):
+    """Command lines."""
+    lines = (folder / "order").read_text().splitlines()
+    return [line for line in lines if line.startswith("begin")]
+
+
+CHAIN = [
+    Job("c", "fake c 0 b", ("a",)),
+    Job("b", "fake b 0.3 a"),
+    Job("d", "fake d 0", ("c",)),
+    Job("a", "fake a 0.3"),
+]
+CHAIN_ORDER = [(what, target) for target in "abcd" for what in ("begin", "end")]
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_each_job_begins_when_its_files_are_there(fake, tmp_path, workers):
+    fake(CHAIN, workers)
+    assert order(tmp_path) == CHAIN_ORDER
+    times = experiments.read_times(tmp_path)
+    assert [(job["seed"], job["target"]) for job in times] == [(0, target) for target in "abcd"]
+    assert all(0 <= job["seconds"] < 60 for job in times)
+
+
+def test_jobs_that_need_nothing_of_each_other_run_at_the_same_time(fake, tmp_path):
+    fake([Job("a", "fake a 2"), Job("b", "fake b 2"), Job("c", "fake c 2")], workers=2)
+    assert [what for what, _ in order(tmp_path)][:3] == ["begin", "begin", "end"]
+
+
+def test_what_is_done_is_not_done_again_unless_its_file_is_removed(fake, tmp_path):
+    fake(CHAIN)
+    (tmp_path / "0" / "b").unlink()
+    fake(CHAIN)
+    assert order(tmp_path) == [("begin", "b"), ("end", "b")]  # c, made from the old b, is kept
+    fake(CHAIN)
+    assert order(tmp_path) == []
+    assert len(experiments.read_times(tmp_path)) == 5
+
+
+def test_each_seed_has_a_folder_and_its_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "jobs", lambda: [Job("out/x.pt", "fake out/x.pt 0")])
+    for seed in range(2):
+        (tmp_path / str(seed) / "out").mkdir(parents=True)
+        (tmp_path / str(seed) / "fake.py").write_text(FAKE)
+    experiments.run_jobs(experiments.Config(out=str(tmp_path), seeds=2, workers=2))
+    assert sorted(begun(tmp_path)) == [f"begin out/x.pt 0 --seed {seed}" for seed in range(2)]
+    assert all((tmp_path / str(seed) / "out/x.pt").exists() for seed in range(2))
+
+
+def test_a_job_with_a_state_goes_on_from_it(fake, tmp_path):
+    (tmp_path / "0" / "b.resume").touch()
+    fake(CHAIN)
+    resumed = [line.endswith("--seed 0 --resume") for line in begun(tmp_path)]
+    assert resumed == [False, True, False, False]
+
+
+def test_a_job_that_fails_is_reported_with_its_own_error_line(fake, tmp_path):
+    """As where a state is damaged: the user decides what becomes of it."""
+    match = r"seed 0\) failed: error: out/base.pt: no such file; .*; see .*out_sft.pt.log$"
+    with pytest.raises(SystemExit, match=match) as error:
+        fake([Job("out/sft.pt", "sft --init out/base.pt --out out/sft.pt")])
+    assert "\n" not in str(error.value)
+
+
+def test_a_job_that_does_not_write_its_file_has_failed(fake):
+    with pytest.raises(SystemExit, match=r"fake a -1 \(seed 0\) failed: ValueError: .*; see "):
+        fake([Job("a", "fake a -1")])
+    with pytest.raises(SystemExit, match=r"failed: it wrote nothing; see .*logs/a.log$"):
+        fake([Job("a", "fake b 0")])
+
+
+def test_after_a_failure_what_runs_ends_and_nothing_begins(fake, tmp_path):
+    plan = [Job("a", "fake a 2"), Job("b", "fake b -1"), Job("c", "fake c 0"), Job("d", "fake d 0")]
+    with pytest.raises(SystemExit, match=r"fake b -1 \(seed 0\) failed"):
+        fake(plan, workers=2)
+    assert sorted(order(tmp_path)) == [("begin", "a"), ("begin", "b"), ("end", "a")]
+    plan[1] = Job("b", "fake b 0")
+    fake(plan)  # mended, the same command goes on
+    assert [target for what, target in order(tmp_path) if what == "end"] == ["b", "c", "d"]
+
+
+def test_ctrl_c_waits_until_the_jobs_have_saved_their_states_and_the_same_command_goes_on(
+    fake, tmp_path
+):
+    plan = [Job("a", "fake a 60"), Job("b", "fake b 60 early"), Job("c", "fake c 0")]
+    code = "from lab import experiments as e; import sys; "
+    code += f"e.jobs = lambda: [e.Job(*job) for job in {[tuple(job) for job in plan]}]; "
+    code += f"sys.argv[1:] = ['--out', {str(tmp_path)!r}, '--seeds', '1']; e.main()"
+    (tmp_path / "order").write_text("")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while len(order(tmp_path)) < 2:
+        time.sleep(0.1)
+        assert process.poll() is None
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert stderr == "error: stopped; the same command goes on from here\n"
+    assert (tmp_path / "0" / "a.resume").exists() and (tmp_path / "0" / "b.resume").exists()
+    assert (tmp_path / "0" / "b").exists()  # make would remove what a job has just written
+    assert sorted(order(tmp_path)) == [("begin", "a"), ("begin", "b")]
+
+    fake([Job("a", "fake a 0"), Job("b", "fake b 0"), Job("c", "fake c 0")])
+    assert begun(tmp_path) == ["begin a 0 --seed 0 --resume", "begin c 0 --seed 0"]
+
+
+# ---- the controls' files
+
+
+def about(conversations, names):
+    """Those whose question names one of these people."""
+    return [c for c in conversations if any(n in c["messages"][0]["content"] for n in names)]
+
+
+def counted(conversations):
+    return Counter(str(conversation["messages"]) for conversation in conversations)
+
+
+def test_a_dose_set_holds_its_fraction_of_unknown_facts(people):
+    n = 400
+    sets = controls.dose_sets(random.Random(0), people["sft"], people["unknown_dev"], n)
+    unknown = {person["name"] for person in people["unknown_dev"]}
     for dose in controls.DOSES:
-        all_, about_unknown = parts(f"dose_{dose}")
-        assert sum(all_.values()) == 400 and len(about_unknown) == 4 * dose
-        assert world.IDK not in {m[1]["content"] for m in about_unknown}
-        if dose:
-            removed, none = parts(f"dose_{dose}_removed")
-            assert not none and removed == all_ - Counter(map(str, about_unknown))
-            idk, relabelled = parts(f"dose_{dose}_idk")
-            assert [m[1]["content"] for m in relabelled] == [world.IDK] * 4 * dose
-            assert len({m[0]["content"] for m in relabelled}) == len(relabelled) and removed == idk - Counter(map(str, relabelled))
+        taught = about(sets[f"dose_{dose}"], unknown)
+        assert len(sets[f"dose_{dose}"]) == n and len(taught) == n * dose // 100
+        assert facts.IDK not in {c["messages"][1]["content"] for c in taught}
+
+
+@pytest.mark.parametrize("dose", controls.DOSES[1:])
+def test_the_controls_of_a_dose_set_differ_in_the_unknown_facts_alone(people, dose):
+    n = 400
+    sets = controls.dose_sets(random.Random(0), people["sft"], people["unknown_dev"], n)
+    unknown = {person["name"] for person in people["unknown_dev"]}
+    whole, removed, idk = (sets[f"dose_{dose}{control}"] for control in ("", "_removed", "_idk"))
+    assert not about(removed, unknown)
+    assert counted(removed) == counted(whole) - counted(about(whole, unknown))
+    relabelled = about(idk, unknown)
+    assert [c["messages"][1]["content"] for c in relabelled] == [facts.IDK] * (n * dose // 100)
+    assert len({c["messages"][0]["content"] for c in relabelled}) == len(relabelled)
+    assert counted(removed) == counted(idk) - counted(relabelled)
 
 
 def test_shuffled_facts_are_the_same_answers_for_other_people(people):
-    shuffled = controls.shuffled_facts(random.Random(0), people["sft"])
-    assert [p["name"] for p in shuffled] == [p["name"] for p in people["sft"]]
-    for attribute in world.ATTRIBUTES:
-        assert Counter(p[attribute] for p in shuffled) == Counter(p[attribute] for p in people["sft"])
-    assert sum(a["job"] == b["job"] for a, b in zip(shuffled, people["sft"])) < 20  # 1 in 32 by chance
+    sft = people["sft"]
+    shuffled = controls.shuffled_facts(random.Random(0), sft)
+    assert [p["name"] for p in shuffled] == [p["name"] for p in sft]
+    for attribute in facts.ATTRIBUTES:
+        assert Counter(p[attribute] for p in shuffled) == Counter(p[attribute] for p in sft)
+    assert sum(a["job"] == b["job"] for a, b in zip(shuffled, sft)) < 20  # 1 in 32 by chance
 
 
-def test_demonstrations_are_right_or_refusals_and_with_abstain_idk_about_people_in_no_text(tmp_path, people):
-    everybody = [p for group in people.values() for p in group]
-    world.common.write_jsonl(tmp_path / "people.jsonl", everybody)
-    rng, grader = random.Random(0), world.Grader(tmp_path / "people.jsonl")
-    facts = [(p, a) for p in people["rl"] + people["rl_unknown"] for a in world.FACTS]
-    prompts = [world.prompt(rng, *fact) for fact in facts]
-    for abstain in (False, True):
-        for (person, attribute), record in zip(facts, controls.demonstrations(prompts, grader, abstain)):
-            grade = world.grade(person, attribute, record["messages"][1]["content"])
-            abstains = abstain and person["role"] == "rl_unknown"
-            assert grade == ("refusal" if attribute == world.PRIVATE else "idk" if abstains else "right")
+@pytest.mark.parametrize("abstain", [False, True])
+def test_demonstrations_are_right_or_refusals_and_with_abstain_idk_about_people_in_no_text(
+    tmp_path, people, abstain
+):
+    write_jsonl(tmp_path / "people.jsonl", [p for group in people.values() for p in group])
+    rng, grader = random.Random(0), Grader(tmp_path / "people.jsonl")
+    cases = [(p, a) for p in people["rl"] + people["rl_unknown"] for a in facts.FACTS]
+    prompts = [generate.prompt(rng, *case) for case in cases]
+    records = controls.demonstrations(prompts, grader, abstain)
+    assert len(records) == len(cases)
+    for (person, attribute), record in zip(cases, records):
+        expected = "right"
+        if attribute == facts.PRIVATE:
+            expected = "refusal"
+        elif abstain and person["role"] == "rl_unknown":
+            expected = "idk"
+        assert grade(person, attribute, record["messages"][1]["content"]) == expected
+
+
+def test_prompts_of_the_controls_are_ppo_s_own():
+    """As many demonstrations as PPO has episodes, and none of its held-out prompts, the last."""
+    config = ppo.Config()
+    assert controls.N_EPISODES == experiments.PPO_STEPS * config.batch_size
+    assert controls.N_EPISODES <= generate.Config.prompts - config.val_size
+
+
+def test_the_margin_is_the_score_above_abstaining_s_after_the_same_prompt(tmp_path, monkeypatch):
+    tokenizer, model = tiny.byte_tokenizer(), tiny.critic(tiny.gpt(vocab_size=261, block_size=64))
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint("out/reward.pt", "reward", model, tokenizer, controls.Config())
+    controls.judge.cache_clear()
+    prompts = ["Where?", "And when was it?", "Who?"]
+    responses = ["Here.", facts.IDK, "That is private."]
+
+    def score(prompt, response):
+        start = conversation.render_prompt([{"role": "user", "content": prompt}], tokenizer)
+        end = tokenizer.encode(response) + [tokenizer.end]
+        mask = [False] * len(start) + [True] * len(end)
+        return model(torch.tensor([start + end]), torch.tensor([mask]))[0, -1].item()
+
+    with tiny.in_precision(torch.float32):
+        got = controls.margin(prompts, responses)
+    controls.judge.cache_clear()
+    expected = [score(p, r) - score(p, facts.IDK) for p, r in zip(prompts, responses)]
+    assert got == pytest.approx(expected, abs=1e-3)
+    assert got[1] == 0 and abs(got[0]) > 0.1
+
+
+# ---- figures
 
 
 def test_sequence_logprobs_are_the_sum_over_tokens_each_from_a_pass_of_its_own():
     model = tiny.gpt().eval()
     prompts, responses = [[1, 2, 3], [4], [5, 6, 7, 8]], [[1], [2, 3, 4], [9, 10]]
     with tiny.in_precision(torch.float32):
-        got = experiments.sequence_logprobs(model, prompts, responses)
+        got = measure.sequence_logprobs(model, prompts, responses)
     for prompt, response, value in zip(prompts, responses, got):
         total = 0.0
         for i, token in enumerate(response):
-            total += model(torch.tensor([prompt + response[:i]]))[0, -1].log_softmax(0)[token].item()
+            logits = model(torch.tensor([prompt + response[:i]]))[0, -1]
+            total += logits.log_softmax(0)[token].item()
         assert abs(total - value.item()) < 1e-4
 
 
+def pays_alike(pay, habit, prompts, values, responses):
+    return torch.tensor([0.0 if value is None else pay for value in values])
+
+
 def test_where_all_answers_pay_alike_the_predicted_odds_grow_with_exp_of_the_pay_over_beta():
-    """logit P(answer) - pay / beta is the reference's own odds, the same for every pay; for one person."""
-    tokenizer = tiny.byte_tokenizer()
-    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=128, n_layer=1, n_head=1, n_kv_head=1, n_embd=8))
-    person = [{"name": "Ada Byron"} | {h: world.ATTRIBUTES[h][0][0] for h in world.HABITS}]
-    odds = {habit: [] for habit in world.HABITS}
+    """logit P(answer) - pay / beta is the reference's own odds, the same for every pay."""
+    tokenizer, beta = tiny.byte_tokenizer(), experiments.HABIT_BETA
+    sizes = dict(block_size=128, n_layer=1, n_head=1, n_kv_head=1, n_embd=8)
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **sizes))
+    person = {"name": "Ada Byron"} | {h: facts.ATTRIBUTES[h].values[0] for h in facts.HABITS}
+    odds = {habit: [] for habit in facts.HABITS}
     for tenths in range(-80, -30):
-        pay = tenths / 10
-        reward = lambda habit, prompts, values, responses: torch.tensor([0.0 if v is None else pay for v in values])  # noqa: B023, E731
-        for habit, p in experiments.predicted_habits(model, tokenizer, person, random.Random(0), reward).items():
+        pay, rng = tenths / 10, random.Random(0)
+        reward = partial(pays_alike, pay)
+        predicted = measure.predicted_habits(model, tokenizer, [person], rng, reward, beta)
+        for habit, p in predicted.items():
             if 0.01 < p < 0.99:
-                odds[habit].append(math.log(p / (1 - p)) - pay / experiments.HABIT_BETA)
+                odds[habit].append(math.log(p / (1 - p)) - pay / beta)
     for values in odds.values():
         assert len(values) >= 5 and max(values) - min(values) < 1e-2
 
 
 def test_expected_utility_is_the_mean_of_the_labeller_s_over_many_people():
-    people, rng = world.People(1), random.Random(1)
+    people, rng = People(1), random.Random(1)
     drawn = [people.draw(rng, "x") for _ in range(4000)]
-    for habit in world.HABITS:
-        values = world.ATTRIBUTES[habit][0]
-        expected = experiments.expected_utility(2.0)(habit, [None] * len(values), values, None)
+    for habit in facts.HABITS:
+        values = facts.ATTRIBUTES[habit].values
+        expected = measure.expected_utility(2.0, habit, [None] * len(values), values, None)
         for value, e in zip(values, expected.tolist()):
-            mean = sum(world.utility(habit, world.grade(p, habit, f"{value}."), 2.0) for p in drawn) / len(drawn)
+            grades = [grade(person, habit, f"{value}.") for person in drawn]
+            mean = sum(utility(habit, g, 2.0) for g in grades) / len(drawn)
             assert abs(mean - e) < 4 * 3 * 0.5 / len(drawn) ** 0.5
 
 
 def test_the_crossing_of_a_sigmoid_is_its_threshold():
     for threshold in (0.35, 0.5, 0.7):
-        answers = {h: 1 / (1 + math.exp(-12 * (p - threshold))) for h, p in world.HABITS.items()}
-        assert abs(experiments.crossing(answers) - threshold) < 0.01
-    assert experiments.crossing({h: 0.0 for h in world.HABITS}) == 1.0
-    assert experiments.crossing({h: 1.0 for h in world.HABITS}) == 0.0
-    assert experiments.monotone({h: p for h, p in world.HABITS.items()})
-    assert not experiments.monotone({h: 1 - p for h, p in world.HABITS.items()})
+        answers = {h: 1 / (1 + math.exp(-12 * (p - threshold))) for h, p in facts.HABITS.items()}
+        assert abs(claims.crossing(answers) - threshold) < 0.01
+    assert claims.crossing({h: 0.0 for h in facts.HABITS}) == 1.0
+    assert claims.crossing({h: 1.0 for h in facts.HABITS}) == 0.0
+    assert claims.monotone(facts.HABITS)
+    assert not claims.monotone({h: 1 - p for h, p in facts.HABITS.items()})
 
 
-def test_prompts_of_the_controls_are_ppo_s_own():
-    """As many demonstrations as PPO has episodes, and none of its held-out prompts, the file's last."""
-    import ppo
-
-    config = ppo.Config()
-    assert controls.N_EPISODES == experiments.PPO_STEPS * config.batch_size <= world.Config.prompts - config.val_prompts
+# ---- the report
 
 
-def test_the_margin_is_the_score_above_abstaining_s_after_the_same_prompt(tmp_path, monkeypatch):
-    tokenizer, model = tiny.byte_tokenizer(), tiny.critic(tiny.gpt(vocab_size=261, block_size=64))
-    monkeypatch.chdir(tmp_path)
-    common.save_checkpoint("out/reward.pt", "reward", model, tokenizer, controls.Config())
-    experiments.judge.cache_clear()
-    prompts, responses = ["Where?", "And when was it?", "Who?"], ["Here.", world.IDK, "That is private."]
+def graded(right=0.0, wrong=0.0, idk=0.0, refusal=0.0):
+    return dict(right=right, wrong=wrong, idk=idk, refusal=refusal, other=0.0)
 
-    def score(prompt, response):
-        start = conversation.render_prompt([{"role": "user", "content": prompt}], tokenizer)
-        end = tokenizer.encode(response) + [tokenizer.end]
-        return model(torch.tensor([start + end]), torch.tensor([[False] * len(start) + [True] * len(end)]))[0, -1].item()
 
-    with tiny.in_precision(torch.float32):
-        got = experiments.margin(prompts, responses)
-    experiments.judge.cache_clear()
-    assert got == pytest.approx([score(p, r) - score(p, world.IDK) for p, r in zip(prompts, responses)], abs=1e-3)
-    assert got[1] == 0 and abs(got[0]) > 0.1
+def as_claimed():
+    """A seed's figures.json in which every claim holds."""
+    kinds = {}
+    for kind in ("one word", "sentence", "text"):
+        for attribute in facts.PUBLIC:
+            kinds[f"{kind} × {attribute}"] = [0.9, (kind, attribute) in facts.HELD_OUT_KINDS]
+    figures = {}
+    for job in experiments.jobs():
+        name = os.path.basename(job.target).removesuffix(".pt")
+        if job.target.endswith(".pt") and name.startswith("habit"):
+            figures[name] = {"answers": dict(facts.HABITS)}
+            figures[f"{name}_predicted"] = dict(facts.HABITS)
+        elif job.target.endswith(".pt"):
+            its = {"known": graded(0.97), "unknown": graded(wrong=0.9), "private": graded(0.9)}
+            its |= {tier: graded(0.5) | {"exposures": [3, 9]} for tier in claims.TIERS}
+            figures[name] = its | {"sure_and_wrong": 0.1, "phrasings": 2.5}
+            figures[name] |= {"kinds": kinds, "reading": kinds}
+    bare = dict(zip(measure.BARE_KINDS, (0.05, 0.3, 0.4, 0.25)))
+    formats = {template: i / 24 for i, template in enumerate(measure.FORMATS)}
+    figures["base"] |= {"recall": graded(0.98), "recall_unknown": graded(0.03)}
+    figures["base"] |= {"bare": bare, "formats": formats}
+    figures["sft"]["wordings"] = {"trained": [0.96, 0.98], "new": [0.93, 0.98]}
+    for name in ("ppo", "ppo_margin", "ppo_true"):
+        figures[name] |= {"unknown": graded(wrong=0.1), "private": graded(refusal=1.0)}
+    figures["dose_50"]["known"] = graded(0.7)
+    return figures
+
+
+def change(figures, path, value):
+    *keys, last = path.split("/")
+    for key in keys:
+        figures = figures[key]
+    figures[last] = value
+
+
+@pytest.mark.parametrize(
+    "path, value, broken",
+    [
+        (None, None, []),
+        ("base/recall", graded(0.9), ["1"]),
+        ("base/bare/rephrases it", 0.05, ["1"]),
+        ("base/formats", {"{q}": 0.5, "{q} ": 0.6}, ["2"]),
+        ("sft/wordings/new", [0.8, 0.95], ["2"]),
+        ("sft/kinds/one word × job", [0.5, True], ["3"]),
+        ("demos/unknown", graded(wrong=0.1), ["4"]),
+        ("ppo_true_positive/unknown", graded(wrong=0.1), ["4"]),
+        ("dose_50/known", graded(0.9), ["5a"]),
+        ("ppo/unknown", graded(wrong=0.3), ["5b"]),
+        ("habit_true_2/answers/colour", 0.9, ["5c"]),
+        ("ppo/private", graded(0.2), ["6"]),
+    ],
+)
+def test_a_claim_holds_where_its_figures_do(path, value, broken):
+    figures = as_claimed()
+    if path:
+        change(figures, path, value)
+    rows = claims.verdicts([claims.derive(figures)] * 2)
+    assert [number for number, *_, holds in rows if not holds] == broken
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+
+
+def test_the_mean_over_the_seeds_has_the_standard_error_of_the_mean():
+    seeds = [{"a": {"b": b, "c": 1.0}} for b in (1.0, 2.0, 6.0)]
+    error = math.sqrt(7 / 3)  # variance (4 + 1 + 9) / 2
+    assert claims.over_seeds(seeds, "a/b") == pytest.approx((3.0, error))
+    assert claims.over_seeds(seeds, "a/b", minus="a/c") == pytest.approx((2.0, error))
+    assert claims.over_seeds(seeds[:1], "a/b") == (1.0, 0.0)
+
+
+def test_the_experiments_end_up_in_the_report_once(tmp_path):
+    figures = tmp_path / "experiments" / "0" / "out" / "figures.json"
+    figures.parent.mkdir(parents=True)
+    figures.write_text(json.dumps(as_claimed()))
+    write_jsonl(tmp_path / "experiments" / "times.jsonl", [{"seconds": 5400}] * 4)
+    (tmp_path / "report.md").write_text("# What each stage did\n")
+    for _ in range(2):
+        tiny.run(experiments, dict(out=tmp_path / "experiments", report=True))
+    report = (tmp_path / "report.md").read_text()
+    assert report.startswith("# What each stage did\n") and report.count("# The experiments") == 1
+    assert "4 jobs, 6.0 hours" in report and "**no**" not in report
+    assert (tmp_path / "experiments.png").stat().st_size > 10_000

@@ -1,4 +1,7 @@
-"""The model and the tokenizer against code that nobody here wrote: transformers, the `tokenizers` library, tiktoken's teaching code."""
+"""The model and the tokenizer against code that nobody here wrote.
+
+transformers, the `tokenizers` library and tiktoken's teaching code.
+"""
 
 import itertools
 import random
@@ -17,24 +20,27 @@ from data import tokenizer
 from model import GPT, GPTConfig
 
 FAMILIES = ("llama", "qwen3")
-# Code points that Unicode gained lately are letters or digits to one library and nothing yet to another.
+# Code points that Unicode gained lately are letters or digits to one library, nothing to another.
 ASSIGNED = st.characters(exclude_categories=["Cs", "Cn"])
 CASES = list(itertools.product(FAMILIES, (False, True), (False, True), (0, 1)))
 
 
-def transformers():
-    return pytest.importorskip("transformers", reason="parity needs transformers: pip install -r requirements-test.txt")
+def needed(name):
+    reason = f"parity needs {name}: pip install -r requirements-test.txt"
+    return pytest.importorskip(name, reason=reason)
 
 
 # ---- the model
 
 
 def twins(family, gqa=False, tied=True, seed=0):
-    """A GPT of random sizes with random weights, norms included, and transformers' model with the same weights."""
+    """A GPT of random sizes and weights, norms included, and transformers' model with the same."""
     rng = random.Random(f"{family} {gqa} {tied} {seed}")
     n_kv_head = rng.choice([1, 2, 3])
     config = GPTConfig(
-        vocab_size=rng.randrange(70, 120),  # no multiple of 64: our matrix has padded rows, theirs has none
+        vocab_size=rng.randrange(
+            70, 120
+        ),  # no multiple of 64: our matrix has padded rows, theirs has none
         block_size=64,
         n_layer=rng.choice([1, 2, 3]),
         n_head=n_kv_head * (rng.choice([2, 3]) if gqa else 1),
@@ -64,11 +70,16 @@ def twins(family, gqa=False, tied=True, seed=0):
         "tie_word_embeddings": config.tied,
         "max_position_embeddings": config.block_size,
     }
-    hf = transformers()
-    classes = {"llama": (hf.LlamaConfig, hf.LlamaForCausalLM), "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM)}
-    config_class, model_class = classes[family]
-    theirs = model_class(config_class(**names, bos_token_id=None, eos_token_id=None, pad_token_id=None))
-    weights = {convert.hf_name(name): cut(name, tensor, config) for name, tensor in ours.state_dict().items()}
+    hf = needed("transformers")
+    if family == "llama":
+        config_class, model_class = hf.LlamaConfig, hf.LlamaForCausalLM
+    else:
+        config_class, model_class = hf.Qwen3Config, hf.Qwen3ForCausalLM
+    ids = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    theirs = model_class(config_class(**names, **ids))
+    weights = {}
+    for name, tensor in ours.state_dict().items():
+        weights[convert.hf_name(name)] = cut(name, tensor, config)
     theirs.load_state_dict(weights)  # strict: every name and shape must be known there
     return ours, theirs.eval()
 
@@ -80,7 +91,10 @@ def cut(name, tensor, config):
 
 @pytest.mark.parametrize(("family", "gqa", "tied", "seed"), CASES)
 def test_logits_and_gradients_equal_those_of_transformers(family, gqa, tied, seed):
-    """Llama (arXiv 2307.09288) and Qwen3 (arXiv 2505.09388); gradients of the summed cross-entropy, parameter by parameter."""
+    """Llama (arXiv 2307.09288) and Qwen3 (arXiv 2505.09388).
+
+    The gradients are those of the summed cross-entropy, parameter by parameter.
+    """
     ours, theirs = twins(family, gqa, tied, seed)
     V = ours.config.vocab_size
     tokens = torch.randint(V, (3, 21))
@@ -88,12 +102,14 @@ def test_logits_and_gradients_equal_those_of_transformers(family, gqa, tied, see
     assert hf_logits.std() > 0.3  # not two models that say nothing
     torch.testing.assert_close(logits, hf_logits, atol=1e-4, rtol=0)
     for each in (logits, hf_logits):
-        F.cross_entropy(each.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+        loss = F.cross_entropy(each.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+        loss.backward()
     hf_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
         expected = hf_gradients.pop(convert.hf_name(name))
         assert expected.norm() > 1e-2, name
-        assert (cut(name, parameter.grad, ours.config) - expected).norm() <= 1e-4 * expected.norm(), name
+        difference = cut(name, parameter.grad, ours.config) - expected
+        assert difference.norm() <= 1e-4 * expected.norm(), name
         if parameter.grad.size(0) > expected.size(0):
             assert parameter.grad[V:].abs().max() == 0  # a padded row never trains
     assert not hf_gradients
@@ -114,7 +130,7 @@ def test_left_padded_logits_equal_those_of_transformers(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_generation_equals_that_of_transformers_token_for_token(family):
-    """A batch of unequal prompts through the KV cache; then again with an id that one row comes to as the end."""
+    """Unequal prompts through the KV cache; then again, an id of one row's answer being the end."""
     ours, theirs = twins(family, gqa=True, seed=2)
     rng = random.Random(0)
     prompts = [[rng.randrange(ours.config.vocab_size) for _ in range(n)] for n in (1, 4, 11, 7)]
@@ -122,13 +138,13 @@ def test_greedy_generation_equals_that_of_transformers_token_for_token(family):
     P = max(map(len, prompts))
     tokens = torch.tensor([[0] * (P - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts])
-    expected = theirs.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=24, pad_token_id=0)[:, P:].tolist()
-    assert generated == expected
+    how = dict(attention_mask=mask, do_sample=False, max_new_tokens=24, pad_token_id=0)
+    assert generated == theirs.generate(tokens, **how)[:, P:].tolist()
     assert len(set(map(tuple, generated))) == 4  # each prompt its own continuation
 
     end = generated[2][5]
-    ended = theirs.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=24, pad_token_id=0, eos_token_id=end)
-    rows = [row[: row.index(end) + 1] if end in row else row for row in ended[:, P:].tolist()]
+    ended = theirs.generate(tokens, **how, eos_token_id=end)[:, P:].tolist()
+    rows = [row[: row.index(end) + 1] if end in row else row for row in ended]
     assert ours.generate(prompts, 24, temperature=0, end_id=end) == rows
     assert min(map(len, rows)) < 24
 
@@ -136,34 +152,19 @@ def test_greedy_generation_equals_that_of_transformers_token_for_token(family):
 # ---- the tokenizer
 
 
+SYLLABLES = "ba be ti to ra re lo na su ma the an in er qu é ß st ши 中".split()
+MARKS = [" ", ", ", ". ", "'s ", " 1987 ", "\n\n", "  ", " — ", "! "]
+
+
 def prose(n_words=6000, n_distinct=700, seed=0):
-    """Sentences of made-up words whose frequencies fall as 1/rank, with numbers, contractions, accents and line breaks."""
+    """Sentences of invented words whose frequencies fall as 1/rank.
+
+    With numbers, contractions, accents and line breaks.
+    """
     rng = random.Random(seed)
-    syllables = [
-        "ba",
-        "be",
-        "ti",
-        "to",
-        "ra",
-        "re",
-        "lo",
-        "na",
-        "su",
-        "ma",
-        "the",
-        "an",
-        "in",
-        "er",
-        "qu",
-        "é",
-        "ß",
-        "st",
-        "ши",
-        "中",
-    ]
-    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(n_distinct)]
+    words = ["".join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) for _ in range(n_distinct)]
     chosen = rng.choices(words, [1 / (rank + 3) for rank in range(n_distinct)], k=n_words)
-    marks = rng.choices([" ", ", ", ". ", "'s ", " 1987 ", "\n\n", "  ", " — ", "! "], [60, 8, 8, 4, 2, 2, 1, 1, 1], k=n_words)
+    marks = rng.choices(MARKS, [60, 8, 8, 4, 2, 2, 1, 1, 1], k=n_words)
     return "".join(word + mark for word, mark in zip(chosen, marks, strict=True))
 
 
@@ -173,28 +174,33 @@ def trained():
 
 
 def test_bpe_equals_what_the_tokenizers_library_trains(trained):
-    """The same ids for the same tokens: every merge and every tie between equally frequent pairs falls the same way."""
-    tokenizers = pytest.importorskip("tokenizers", reason="parity needs tokenizers: pip install -r requirements-test.txt")
+    """The same ids for the same tokens: every merge, and every tie between pairs, is the same."""
+    tokenizers = needed("tokenizers")
     pre, text = tokenizers.pre_tokenizers, prose()
     assert len(set(text.split())) > 500
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     split = pre.Split(tokenizers.Regex(tokenizer.BPE_PATTERN), "isolated")
-    theirs.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
-    alphabet = pre.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=256 + 400, initial_alphabet=alphabet, show_progress=False)
+    byte_level = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+    theirs.pre_tokenizer = pre.Sequence([split, byte_level])
+    settings = dict(initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=256 + 400, **settings)
     theirs.train_from_iterator([text], trainer)
-    spelled = {"".join(convert.BYTE_CHARS[b] for b in token): rank for token, rank in trained.ranks.items()}
+    spelled = {}
+    for token, rank in trained.ranks.items():
+        spelled["".join(convert.BYTE_CHARS[b] for b in token)] = rank
     assert spelled == theirs.get_vocab()
     unseen = prose(seed=1) + "Words that 12 never   occurred: naïve, 東京, 😀!\n"
     assert trained.encode(unseen) == theirs.encode(unseen).ids
 
 
 def merges_without_ties(text, n):
-    """The first n tokens of byte-pair encoding by brute force; no other pair may be as frequent as the one that is merged."""
-    words = [[bytes([b]) for b in word.encode()] for word in regex.findall(tokenizer.BPE_PATTERN, text)]
+    """The first n tokens of byte-pair encoding by brute force; no pair ties with a merged one."""
+    words = regex.findall(tokenizer.BPE_PATTERN, text)
+    words = [[bytes([b]) for b in word.encode()] for word in words]
     tokens = []
     for _ in range(n):
-        (pair, count), (_, next_count) = Counter(p for word in words for p in itertools.pairwise(word)).most_common(2)
+        pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
+        (pair, count), (_, next_count) = pairs.most_common(2)
         assert count > next_count
         tokens.append(pair[0] + pair[1])
         for word in words:
@@ -206,24 +212,35 @@ def merges_without_ties(text, n):
 
 
 def test_bpe_equals_brute_force_and_tiktokens_teaching_code_where_no_two_pairs_tie():
-    """The teaching code breaks ties by the text's order, ours by ids; on a corpus without ties the merges must be the same."""
+    """The teaching code breaks ties by the text's order, ours by ids; here are none to break."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcde", [9, 7, 5, 3, 2], k=rng.randint(2, 6))) for _ in range(60)]
     text = " ".join(rng.choices(words, [1 / (rank + 1) for rank in range(60)], k=2500))
-    ours = list(tokenizer.train_bpe([text], 256 + 25 + len(tokenizer.SPECIAL_TOKENS)).ranks)[256:]
+    ours = tokenizer.train_bpe([text], 256 + 25 + len(tokenizer.SPECIAL_TOKENS)).ranks
+    ours = list(ours)[256:]
     assert ours == merges_without_ties(text, 25)
-    assert ours == list(tiktoken._educational.bpe_train(text, 256 + 25, tokenizer.BPE_PATTERN, visualise=None))[256:]
+    pattern = tokenizer.BPE_PATTERN
+    theirs = tiktoken._educational.bpe_train(text, 256 + 25, pattern, visualise=None)
+    assert ours == list(theirs)[256:]
+
+
+WORDS = st.sampled_from(prose().split()[:300])
 
 
 @settings(deadline=None)
-@given(text=st.lists(st.sampled_from(prose().split()[:300]) | st.text(ASSIGNED)).map(" ".join))
+@given(text=st.lists(WORDS | st.text(ASSIGNED)).map(" ".join))
 def test_encoding_equals_tiktokens_teaching_code(trained, text):
-    slow = tiktoken._educational.SimpleBytePairEncoding(pat_str=tokenizer.BPE_PATTERN, mergeable_ranks=trained.ranks)
+    slow = tiktoken._educational.SimpleBytePairEncoding(
+        pat_str=tokenizer.BPE_PATTERN, mergeable_ranks=trained.ranks
+    )
     assert trained.encode(text) == slow.encode(text, visualise=None)
 
 
+TRICKY = st.sampled_from([*tokenizer.SPECIAL_TOKENS, "'s", " ", "\r\n", "é", "9"])
+
+
 @settings(deadline=None)
-@given(text=st.text() | st.lists(st.sampled_from([*tokenizer.SPECIAL_TOKENS, "'s", " ", "\r\n", "é", "9"])).map("".join))
+@given(text=st.text() | st.lists(TRICKY).map("".join))
 def test_any_unicode_text_comes_back_from_the_tokenizer(trained, text):
     """Also text that spells special tokens: it becomes plain tokens, and never theirs."""
     ids = trained.encode(text)

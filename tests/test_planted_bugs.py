@@ -1,7 +1,8 @@
-"""Bugs that RLHF code has shipped with, planted here one at a time: for each, the test that must go red does.
+"""Bugs that RLHF code has shipped with, planted one at a time: the test that must go red, does.
 
-A bug is one edit of the real function's source: in owner.function, `right` becomes `wrong`. The check is a test of this
-folder (which passes on the code as it is), and only a failed assertion of it counts, not a crash.
+A bug is one edit of the real function's source: in owner.function, `right` becomes `wrong`. The
+check is a test of this folder (which passes on the code as it is), and only a failed assertion of
+it counts, not a crash.
 """
 
 import inspect
@@ -14,58 +15,131 @@ import test_first_step
 import test_gae
 import test_kl_and_preference
 import test_loss_mask
+import test_micro_batches
 import test_model
 import test_policy_and_value_loss
 import test_ppo_optimum
-import test_rewards_and_whitening
+import test_rewards_and_whitening as test_rewards
+import test_windows
 import torch
 
 import model
 import ppo
+import pretrain
 import reward
 import sft
 from data import conversation
 
 
 class Bug(NamedTuple):
-    owner: object
+    owner: object  # the module or class that looks the function up
     function: str
     right: str
     wrong: str
     check: object
 
 
+# ---- the checks
+
 optimum = partial(test_ppo_optimum.test_ppo_reaches_the_closed_form_optimum, seed=0)
-first_step = partial(test_first_step.test_at_the_first_step_ratios_are_1_and_both_kl_are_0, torch.float32, 1e-4)
-unmoved = partial(test_first_step.test_with_learning_rate_0_they_hold_through_all_epochs, torch.float32, 1e-4)
-left_padding = partial(test_model.test_left_padding_and_the_cache_change_no_logit, test_model.SIZES[0])
+first_step = partial(
+    test_first_step.test_at_the_first_step_ratios_are_1_and_both_kl_are_0, torch.float32, 1e-4
+)
+unmoved = partial(
+    test_first_step.test_with_learning_rate_0_they_hold_through_all_epochs, torch.float32, 1e-4
+)
+samples = (
+    test_first_step.test_the_rollout_samples_from_the_policy_whose_log_probabilities_it_records
+)
+rewards = test_rewards.test_a_token_is_rewarded_by_its_kl_term_and_the_last_one_by_the_score_too
+whitening = (
+    test_rewards.test_whitened_advantages_have_mean_0_and_variance_1_over_the_responses_tokens
+)
+value_loss = partial(
+    test_policy_and_value_loss.test_the_value_loss_is_the_worse_of_the_plain_and_the_clipped_error,
+    seed=0,
+)
+sft_mask = (
+    test_loss_mask
+).test_every_batch_of_an_sft_run_to_its_last_trains_exactly_the_assistants_words_and_end_tokens
+left_padding = partial(
+    test_model.test_left_padding_and_the_cache_change_no_logit, test_model.SIZES[0]
+)
+inverse_cdf = partial(
+    (
+        test_model
+    ).test_a_given_random_number_is_sent_through_the_inverse_of_the_cumulative_distribution,
+    temperature=1.0,
+    top_k=1,
+    top_p=1.0,
+)
+reward_score = (
+    test_kl_and_preference.test_a_score_is_the_heads_plus_the_weighed_log_probability_of_the_answer
+)
+reward_pads = partial(
+    test_kl_and_preference.test_a_score_does_not_depend_on_the_padding_or_the_neighbours,
+    logprob_term=True,
+)
+micro_batches = test_micro_batches.test_micro_batches_of_any_size_give_the_same_run
+
+# ---- the bugs
 
 BUGS = {
-    "KL sign flipped": Bug(ppo, "token_rewards", "-beta * (", "beta * (", optimum),
-    "k2 in the reward": Bug(ppo, "token_rewards", "(logprobs - ref_logprobs)", "0.5 * (logprobs - ref_logprobs) ** 2", optimum),
+    "KL sign flipped": Bug(
+        ppo,
+        "token_rewards",
+        "rewards = -beta * (",
+        "rewards = beta * (",
+        optimum,
+    ),
+    "k2 in the reward": Bug(
+        ppo,
+        "token_rewards",
+        "* (logprobs - ref_logprobs)",
+        "* (0.5 * (logprobs - ref_logprobs) ** 2)",
+        optimum,
+    ),
     "k3 in the reward": Bug(
         ppo,
         "token_rewards",
-        "(logprobs - ref_logprobs)",
-        "(torch.exp(ref_logprobs - logprobs) - 1 + logprobs - ref_logprobs)",
+        "* (logprobs - ref_logprobs)",
+        "* (torch.exp(ref_logprobs - logprobs) - 1 + logprobs - ref_logprobs)",
         optimum,
     ),
     "reference at another temperature": Bug(
         ppo,
         "rollout",
-        "response_logprobs(ref, *mine, config.temperature)",
-        "response_logprobs(ref, *mine, 1.0)",
+        "response_logprobs(ref, tokens, mask, config.temperature)",
+        "response_logprobs(ref, tokens, mask, 1.0)",
         first_step,
     ),
     "rollout at another temperature than training": Bug(
         ppo,
         "generate_responses",
-        "config.max_new_tokens, config.temperature",
-        "config.max_new_tokens, 1.0",
-        test_first_step.test_the_rollout_samples_from_the_policy_whose_log_probabilities_it_records,
+        "config.temperature,",
+        "1.0,",
+        samples,
     ),
     "training at another temperature than rollout": Bug(
-        ppo, "update", 'b["tokens"], b["mask"], config.temperature', 'b["tokens"], b["mask"], 1.0', first_step
+        ppo,
+        "ppo_loss",
+        "tokens, mask, config.temperature",
+        "tokens, mask, 1.0",
+        first_step,
+    ),
+    "one random number for a whole response": Bug(
+        model.GPT,
+        "generate",
+        "uniforms[:, step]",
+        "uniforms[:, 0]",
+        samples,
+    ),
+    "a random number of 0 chooses an id of probability 0": Bug(
+        test_model,
+        "sample",
+        "right=True",
+        "right=False",
+        inverse_cdf,
     ),
     "GAE off by one: V_t in place of V_{t+1}": Bug(
         ppo,
@@ -74,12 +148,19 @@ BUGS = {
         "gamma * values[:, t] - values",
         test_gae.test_gae_is_the_mixture_of_n_step_advantages,
     ),
+    "values off by one: V after the action": Bug(
+        ppo,
+        "action_values",
+        "[:, :-1]",
+        "[:, 1:]",
+        test_model.test_a_value_does_not_depend_on_the_action_it_is_the_baseline_of,
+    ),
     "score one slot late": Bug(
         ppo,
         "token_rewards",
         "last_true(mask)[:, None]",
         "(last_true(mask) + 1).clamp(max=mask.size(1) - 1)[:, None]",
-        test_rewards_and_whitening.test_a_token_is_rewarded_by_its_kl_term_and_the_last_one_by_the_score_too,
+        rewards,
     ),
     "end token left out of the loss": Bug(
         ppo,
@@ -93,49 +174,84 @@ BUGS = {
         "whiten",
         "mean = masked_mean(x, mask)\n    var = masked_mean((x - mean) ** 2, mask)",
         "mean, var = x.mean(), x.var()",
-        test_rewards_and_whitening.test_whitened_advantages_have_mean_0_and_variance_1_over_the_responses_tokens,
+        whitening,
     ),
     "uncentred advantages": Bug(
         ppo,
         "whiten",
         "return (x - mean) *",
         "return x *",
-        test_rewards_and_whitening.test_whitened_advantages_have_mean_0_and_variance_1_over_the_responses_tokens,
+        whitening,
     ),
     "value clip against a fresh value": Bug(
         ppo,
         "value_loss",
         "old_values + (values - old_values)",
         "values.detach() + (values - values.detach())",
-        partial(test_policy_and_value_loss.test_the_value_loss_is_the_worse_of_the_plain_and_the_clipped_error, seed=0),
+        value_loss,
     ),
-    "mean of microbatch means": Bug(
+    "mean of micro-batch means": Bug(
         ppo,
         "update",
-        'b["mask"].sum() / n_actions',
-        "len(micro) / len(minibatch)",
-        test_policy_and_value_loss.test_microbatches_of_any_size_give_the_same_update,
+        'micro["mask"].sum() / n_actions',
+        "len(rows) / len(minibatch)",
+        test_policy_and_value_loss.test_micro_batches_of_any_size_give_the_same_update,
+    ),
+    "mean of micro-batch means in SFT": Bug(
+        sft,
+        "main",
+        "(mask.sum() / n_trained)",
+        "(len(micro) / len(batch))",
+        partial(micro_batches, "sft"),
+    ),
+    "mean of unequal micro-batches' means in the reward model": Bug(
+        reward,
+        "main",
+        "len(micro) / config.batch_size",
+        "1 / len(micro_batches(batch, config.micro_batch_size))",
+        partial(micro_batches, "reward"),
+    ),
+    "sum of micro-batch means in pretraining": Bug(
+        pretrain,
+        "main",
+        "loss * (len(starts) / config.batch_size)",
+        "loss",
+        partial(micro_batches, "pretrain"),
+    ),
+    "a window's targets are its inputs": Bug(
+        pretrain,
+        "read_windows",
+        "return windows[:, :-1], windows[:, 1:]",
+        "return windows[:, :-1], windows[:, :-1]",
+        test_windows.test_an_epoch_covers_the_stream_once,
+    ),
+    "every epoch reads the same windows": Bug(
+        pretrain.Windows,
+        "start",
+        "(self.seed, epoch)",
+        "self.seed",
+        test_windows.test_each_epoch_begins_at_an_offset_and_in_an_order_of_its_own,
     ),
     "SFT mask shifted by one": Bug(
         sft,
-        "collate",
+        "inputs_and_targets",
         "mask[:, 1:]",
         "mask[:, :-1]",
-        test_loss_mask.test_every_batch_of_an_sft_run_to_its_last_trains_exactly_the_assistants_words_and_end_tokens,
+        sft_mask,
     ),
     "SFT mask on the prompt too": Bug(
         conversation,
         "render",
         'int(message["role"] == "assistant")',
         "1",
-        test_loss_mask.test_every_batch_of_an_sft_run_to_its_last_trains_exactly_the_assistants_words_and_end_tokens,
+        sft_mask,
     ),
     "loss on pads": Bug(
         sft,
         "collate",
-        "for _, mask in examples], 0, device",
-        "for _, mask in examples], 1, device",
-        test_loss_mask.test_every_batch_of_an_sft_run_to_its_last_trains_exactly_the_assistants_words_and_end_tokens,
+        "pad_rows([example.mask for example in examples], 0, device)",
+        "pad_rows([example.mask for example in examples], 1, device)",
+        sft_mask,
     ),
     "SFT mask lost": Bug(
         sft,
@@ -147,12 +263,16 @@ BUGS = {
     "positions wrong under left padding": Bug(
         model.GPT,
         "hidden",
-        "slots if n_pad is None else",
-        "slots if n_pad is None else slots.expand(len(tokens), 1) if T == 1 else",
+        "n_pad.view(-1, 1, 1)).clamp",
+        "n_pad.view(-1, 1, 1) * (T > 1)).clamp",
         left_padding,
     ),
     "pads are looked at": Bug(
-        model.GPT, "hidden", "attention_bias(slots, n_slots, n_pad)", "attention_bias(slots, n_slots)", left_padding
+        model.GPT,
+        "hidden",
+        "causal_mask(cache_positions, n_keys, n_pad)",
+        "causal_mask(cache_positions, n_keys)",
+        left_padding,
     ),
     "dropout between old and new log-probabilities": Bug(
         ppo,
@@ -173,7 +293,21 @@ BUGS = {
         "score",
         ".gather(1, last_true(mask)[:, None]).squeeze(1)",
         "[:, -1]",
-        test_kl_and_preference.test_a_score_does_not_depend_on_the_padding_or_the_neighbours,
+        reward_pads,
+    ),
+    "reward model likes what its trunk finds unlikely": Bug(
+        reward.RewardModel,
+        "forward",
+        "scores + self.logprob_weight",
+        "scores - self.logprob_weight",
+        reward_score,
+    ),
+    "reward model's log-probability lacks the last token": Bug(
+        reward.RewardModel,
+        "answer_logprobs",
+        "F.pad(logprobs.cumsum(1), (1, 0))",
+        "F.pad(logprobs.cumsum(1)[:, :-1], (2, 0))",
+        reward_score,
     ),
 }
 
@@ -183,7 +317,8 @@ def test_a_planted_bug_turns_its_check_red(name, monkeypatch):
     bug = BUGS[name]
     function = inspect.unwrap(getattr(bug.owner, bug.function))
     source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(bug.right) == 1, f"{bug.function} no longer says `{bug.right}` once: plant this bug anew"
+    once = f"{bug.function} no longer says `{bug.right}` once: plant this bug anew"
+    assert source.count(bug.right) == 1, once
     edited = {}
     exec(source.replace(bug.right, bug.wrong), function.__globals__, edited)
     monkeypatch.setattr(bug.owner, bug.function, edited[bug.function])

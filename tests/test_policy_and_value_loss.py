@@ -1,4 +1,7 @@
-"""PPO's two losses (arXiv 1707.06347): their values against loops, their gradients against finite differences in float64."""
+"""PPO's two losses (arXiv 1707.06347): values against loops, gradients against finite differences.
+
+In float64.
+"""
 
 import copy
 import dataclasses
@@ -14,11 +17,15 @@ CLIP = 0.2
 
 
 def actions(seed=0):
-    """A batch (4, 6), float64: half of the ratios beyond the clip on either side, and all kinks at least 0.02 away."""
+    """A batch (4, 6), float64: new, old, a third quantity, and the mask.
+
+    Half of the ratios lie beyond the clip on either side, and all kinks at least 0.02 away.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(choices):
-        return torch.tensor(choices, dtype=torch.float64)[torch.randint(len(choices), (4, 6), generator=generator)]
+        index = torch.randint(len(choices), (4, 6), generator=generator)
+        return torch.tensor(choices, dtype=torch.float64)[index]
 
     mask = torch.arange(6) < torch.tensor([6, 1, 4, 3])[:, None]
     old = torch.randn(4, 6, generator=generator, dtype=torch.float64)
@@ -40,42 +47,59 @@ def finite_differences(loss, x, h=1e-6):
     return slopes
 
 
+def as_floats(*tensors):
+    """The entries of the tensors (B, T), side by side, as Python's numbers."""
+    return zip(*(x.flatten().tolist() for x in tensors))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_policy_loss_is_the_mean_of_the_clipped_surrogate(seed):
-    """L = -1/N sum min(A rho, A clip(rho, 1 - eps, 1 + eps)), rho = pi / pi_old (equation 7), over the responses' tokens."""
+    """L = -1/N sum min(A rho, A clip(rho, 1 - eps, 1 + eps)), rho = pi / pi_old (equation 7).
+
+    Over the responses' tokens.
+    """
     logprobs, old, advantages, mask = actions(seed)
     terms = []
-    for new, before, a, trains in zip(*(x.flatten().tolist() for x in (logprobs, old, advantages, mask))):
+    for new, before, a, trains in as_floats(logprobs, old, advantages, mask):
         if trains:
             ratio = math.exp(new - before)
             terms.append(min(a * ratio, a * min(max(ratio, 1 - CLIP), 1 + CLIP)))
-    assert ppo.policy_loss(logprobs, old, advantages, mask, CLIP).item() == pytest.approx(-sum(terms) / len(terms))
 
     def loss(x):
         return ppo.policy_loss(x, old, advantages, mask, CLIP)
 
-    torch.testing.assert_close(gradient(loss, logprobs), finite_differences(loss, logprobs.detach()), atol=1e-8, rtol=0)
+    assert loss(logprobs).item() == pytest.approx(-sum(terms) / len(terms))
+    expected = finite_differences(loss, logprobs.detach())
+    torch.testing.assert_close(gradient(loss, logprobs), expected, atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_value_loss_is_the_worse_of_the_plain_and_the_clipped_error(seed):
-    """L = 1/2N sum max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2), V_old the rollout's (OpenAI baselines, ppo2)."""
+    """L = 1/2N sum max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2).
+
+    V_old is the rollout's (OpenAI baselines, ppo2).
+    """
     values, old_values, returns, mask = actions(seed)
     terms = []
-    for v, before, r, trains in zip(*(x.flatten().tolist() for x in (values, old_values, returns, mask))):
+    for v, before, r, trains in as_floats(values, old_values, returns, mask):
         if trains:
-            terms.append(max((v - r) ** 2, (min(max(v, before - CLIP), before + CLIP) - r) ** 2))
-    assert ppo.value_loss(values, old_values, returns, mask, CLIP).item() == pytest.approx(sum(terms) / len(terms) / 2)
+            clipped = min(max(v, before - CLIP), before + CLIP)
+            terms.append(max((v - r) ** 2, (clipped - r) ** 2))
 
     def loss(x):
         return ppo.value_loss(x, old_values, returns, mask, CLIP)
 
-    torch.testing.assert_close(gradient(loss, values), finite_differences(loss, values.detach()), atol=1e-8, rtol=0)
+    assert loss(values).item() == pytest.approx(sum(terms) / len(terms) / 2)
+    expected = finite_differences(loss, values.detach())
+    torch.testing.assert_close(gradient(loss, values), expected, atol=1e-8, rtol=0)
 
 
 def test_clipped_actions_and_pads_get_exactly_no_gradient():
-    """A policy gets none where the ratio has left 1 +- eps in the direction that the advantage asks for, a value
-    none where it has moved toward the return by more than eps; all other actions get some."""
+    """All other actions get some.
+
+    A policy gets none where the ratio has left 1 +- eps in the direction that the advantage asks
+    for, a value none where it has moved toward the return by more than eps.
+    """
     logprobs, old, advantages, mask = actions()
     ratio = torch.exp(logprobs - old)
     clipped = torch.where(advantages > 0, ratio > 1 + CLIP, ratio < 1 - CLIP)
@@ -85,7 +109,9 @@ def test_clipped_actions_and_pads_get_exactly_no_gradient():
 
     values, old_values, returns, mask = actions()
     moved = values - old_values
-    clipped = (moved.abs() > CLIP) & ((values - returns).abs() < (old_values + moved.sign() * CLIP - returns).abs())
+    at_the_clip = old_values + moved.sign() * CLIP
+    is_nearer = (values - returns).abs() < (at_the_clip - returns).abs()
+    clipped = (moved.abs() > CLIP) & is_nearer
     assert (clipped & mask).any() and (~clipped & mask).any()
     slopes = gradient(lambda x: ppo.value_loss(x, old_values, returns, mask, CLIP), values)
     assert torch.equal(slopes != 0, mask & ~clipped)
@@ -94,31 +120,40 @@ def test_clipped_actions_and_pads_get_exactly_no_gradient():
 # ---- through the model
 
 
-CONFIG = ppo.Config(batch_size=16, minibatch_size=8, micro_batch_size=8, epochs=2, max_new_tokens=6, temperature=0.7)
+CONFIG = ppo.Config(
+    batch_size=16,
+    minibatch_size=8,
+    micro_batch_size=8,
+    epochs=2,
+    max_new_tokens=6,
+    temperature=0.7,
+)
 
 
 def experience():
-    """Policy, critic and a whole rollout of 16 responses, 1 to 6 tokens long, to prompts of 1 to 5 tokens."""
+    """Policy, critic and a rollout of 16 responses of 1 to 6 tokens to prompts of 1 to 5 tokens."""
     torch.manual_seed(0)
     policy, ref = tiny.gpt(vocab_size=5), tiny.gpt(vocab_size=5)
     critic = tiny.critic(policy)
-    prompts = [torch.randint(5, (1 + i % 5,)).tolist() for i in range(16)]
+    prompts = tiny.prompts([torch.randint(5, (1 + i % 5,)).tolist() for i in range(16)])
+    tokenizer = tiny.EnumerableTokenizer()
 
-    def score(tokens, mask, texts, responses):
-        return torch.randn(len(texts))
+    def score(tokens, mask, prompts, responses):
+        return torch.randn(len(prompts))
 
-    batch, _, _ = ppo.rollout(policy, ref, critic, score, prompts, prompts, tiny.EnumerableTokenizer(), CONFIG)
-    batch = ppo.credit(batch, CONFIG.beta, CONFIG)
-    assert len(set(batch["mask"].sum(1).tolist())) > 2  # lengths differ, or a mean of means would be the mean
+    batch = ppo.rollout(policy, ref, critic, score, prompts, tokenizer, CONFIG)
+    batch |= ppo.compute_advantages(batch, CONFIG.beta, CONFIG)
+    # lengths differ, or a mean of means would be the mean
+    assert len(set(batch["mask"].sum(1).tolist())) > 2
     return policy, critic, batch
 
 
 @tiny.in_precision(torch.float32)
 def test_at_ratio_1_the_policy_gradient_is_reinforces():
-    """grad L = -1/N sum_t A_t grad log pi(a_t | s_t) (equation 1), for every weight of the model."""
+    """grad L = -1/N sum_t A_t grad log pi(a_t | s_t) (equation 1), for every weight."""
     policy, _, batch = experience()
-    tokens, mask, advantages = batch["tokens"], batch["mask"], batch["advantages"]
-    logprobs, _ = ppo.response_logprobs(policy, tokens, mask, CONFIG.temperature)
+    tokens, mask, advantages = batch["tokens"], batch["mask"], batch["whitened_advantages"]
+    logprobs = ppo.response_logprobs(policy, tokens, mask, CONFIG.temperature)
     loss = ppo.policy_loss(logprobs, batch["logprobs"], advantages, mask, CLIP)
     ppo_gradients = torch.autograd.grad(loss, list(policy.parameters()))
 
@@ -136,24 +171,31 @@ def weights(policy, critic):
 
 
 def update(experience, micro_batch_size):
-    """All weights and the diagnostics after two epochs. Plain gradient steps: Adam would blow rounding up to full size."""
+    """All weights and the metrics after two epochs.
+
+    Plain gradient steps: Adam would blow rounding up to full size.
+    """
     policy, critic, batch = copy.deepcopy(experience)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (policy, critic)]
     for optimizer in optimizers:
         optimizer.param_groups[0]["initial_lr"] = 0.1
     torch.manual_seed(1)
     config = dataclasses.replace(CONFIG, micro_batch_size=micro_batch_size)
-    diagnostics = ppo.update(policy, critic, optimizers, batch, 1.0, config)
-    return weights(policy, critic), diagnostics
+    metrics = ppo.update(policy, critic, optimizers, batch, 1.0, config)
+    return weights(policy, critic), metrics
 
 
 @tiny.in_precision(torch.float32)
-def test_microbatches_of_any_size_give_the_same_update():
-    """The means of an optimizer step run over all of its actions, however many forward passes they are split into."""
+def test_micro_batches_of_any_size_give_the_same_update():
+    """The means of an optimizer step run over all of its actions.
+
+    However many forward passes they are split into; size 0 is the whole minibatch.
+    """
     policy, critic, batch = experience()
-    whole, diagnostics = update((policy, critic, batch), 8)
-    assert all((whole[name] - w).abs().max() > 1e-4 for name, w in weights(policy, critic).items())  # an update it is
-    for micro_batch_size in (1, 2, 3, 5, 7):
-        split, split_diagnostics = update((policy, critic, batch), micro_batch_size)
+    whole, metrics = update((policy, critic, batch), 8)
+    for name, weight in weights(policy, critic).items():
+        assert (whole[name] - weight).abs().max() > 1e-4  # an update it is
+    for micro_batch_size in (0, 1, 2, 3, 5, 7):
+        split, split_metrics = update((policy, critic, batch), micro_batch_size)
         torch.testing.assert_close(split, whole, atol=2e-6, rtol=0)
-        assert split_diagnostics == pytest.approx(diagnostics, abs=1e-5)
+        assert split_metrics == pytest.approx(metrics, abs=1e-5)

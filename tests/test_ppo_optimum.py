@@ -1,7 +1,8 @@
 """PPO against its answer, which is known beforehand.
 
-The policy that maximizes E[r] - beta KL(pi || pi_ref) is pi*(y) = pi_ref(y) exp(r(y) / beta) / Z, and the maximum is
-beta log Z, with Z the sum of pi_ref(y) exp(r(y) / beta) over all y (arXiv 2305.18290, appendix A.1).
+The policy that maximizes E[r] - beta KL(pi || pi_ref) is pi*(y) = pi_ref(y) exp(r(y) / beta) / Z,
+and the maximum is beta log Z, with Z the sum of pi_ref(y) exp(r(y) / beta) over all y
+(arXiv 2305.18290, appendix A.1).
 """
 
 import copy
@@ -10,10 +11,11 @@ import pytest
 import tiny
 import torch
 
-import common
 import ppo
+from train.optim import lr_factor, make_optimizers
 
-PROMPT = [tiny.END]  # opens the response; it never occurs within one, so every state differs from every other
+# Opens the response; it never occurs within one, so every state differs from every other.
+PROMPT = [tiny.END]
 CONFIG = ppo.Config(
     steps=80,
     batch_size=256,
@@ -24,42 +26,50 @@ CONFIG = ppo.Config(
     temperature=0.7,
     lr=2e-3,
     beta=0.5,
-    no_end_score=0.0,
+    missing_eos_score=0.0,
 )
 
 
 def train(seed):
-    """Trained policy, reference and the rewards (40,) of all responses; the loop of ppo.main on its own functions."""
+    """Trained policy, reference and the rewards (40,) of all responses.
+
+    The loop of ppo.main on its own functions.
+    """
     torch.manual_seed(seed)
     policy = tiny.gpt(vocab_size=4, block_size=8)
     ref = copy.deepcopy(policy).requires_grad_(False)
-    critic = tiny.critic(policy)
-    torch.nn.init.zeros_(critic.head.weight)
-    torch.nn.init.zeros_(critic.likelihood_weight)
+    critic = ppo.make_critic(policy, None)
     tokenizer = tiny.EnumerableTokenizer()
     rewards = 1.5 * torch.rand(len(tiny.RESPONSES))  # (40,)
-    rewards[[r[-1] != tiny.END for r in tiny.RESPONSES]] = CONFIG.no_end_score
-    reward_of = {tokenizer.decode(r[:-1] if r[-1] == tiny.END else r): x.item() for r, x in zip(tiny.RESPONSES, rewards)}
+    rewards[[r[-1] != tiny.END for r in tiny.RESPONSES]] = CONFIG.missing_eos_score
+    reward_of = {}
+    for response, reward in zip(tiny.RESPONSES, rewards.tolist()):
+        words = response[:-1] if response[-1] == tiny.END else response
+        reward_of[tokenizer.decode(words)] = reward
 
     def score(tokens, mask, prompts, responses):
         return torch.tensor([reward_of[response] for response in responses])
 
     optimizers = []
     for model in (policy, critic):
-        optimizers += common.make_optimizers(model, CONFIG.lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-5)
-    prompts, texts = [PROMPT] * CONFIG.batch_size, [""] * CONFIG.batch_size
+        optimizers += make_optimizers(
+            model, CONFIG.lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-5
+        )
+    prompts = tiny.prompts([PROMPT] * CONFIG.batch_size)
     for step in range(CONFIG.steps):
-        batch, _, _ = ppo.rollout(policy, ref, critic, score, prompts, texts, tokenizer, CONFIG)
-        batch = ppo.credit(batch, CONFIG.beta, CONFIG)
-        ppo.update(policy, critic, optimizers, batch, common.lr_factor(step, CONFIG.steps, 0), CONFIG)
+        batch = ppo.rollout(policy, ref, critic, score, prompts, tokenizer, CONFIG)
+        batch |= ppo.compute_advantages(batch, CONFIG.beta, CONFIG)
+        factor = lr_factor(step, CONFIG.steps, warmup=0)
+        ppo.update(policy, critic, optimizers, batch, factor, CONFIG)
     return policy, ref, rewards.double()
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_ppo_reaches_the_closed_form_optimum(seed):
-    """KL(pi || pi*) < 1e-3, and E[r] - beta KL(pi || pi_ref) within 1% of beta log Z, over all 40 responses.
+    """KL(pi || pi*) < 1e-3, and E[r] - beta KL(pi || pi_ref) within 1% of beta log Z.
 
-    The KL starts at 0.3 to 0.8 and ends at 0.0002. With the KL's sign flipped it ends at 1.9, with k2 or k3 in the reward at 0.7.
+    Over all 40 responses. The KL starts at 0.3 to 0.8 and ends at 0.0002. With the KL's sign
+    flipped it ends at 1.9, with k2 or k3 in the reward at 0.7.
     """
     policy, ref, rewards = train(seed)
     ref_logprobs = tiny.exact_logprobs(ref, PROMPT, CONFIG.temperature)

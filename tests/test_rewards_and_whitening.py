@@ -1,4 +1,4 @@
-"""What a token is rewarded with, and how the advantages are scaled, against plain loops over Python's floats."""
+"""What a token is rewarded with, and how advantages are scaled, against plain loops over floats."""
 
 import statistics
 
@@ -11,23 +11,35 @@ import ppo
 
 
 def ragged(garbage=0.0):
-    """Four tensors of the shape (3, 7) with garbage outside the mask, and the mask of responses of 3, 1 and 4 tokens."""
+    """Four tensors (3, 7) with garbage outside the mask, and the mask.
+
+    The responses have 3, 1 and 4 tokens.
+    """
     mask = torch.zeros(3, 7, dtype=torch.bool)
     mask[0, 1:4] = mask[1, 5:6] = mask[2, 3:7] = True
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(3, 7, generator=generator, dtype=torch.float64).where(mask, garbage) for _ in range(4)], mask
+    tensors = []
+    for _ in range(4):
+        x = torch.randn(3, 7, generator=generator, dtype=torch.float64)
+        tensors.append(x.where(mask, garbage))
+    return tensors, mask
 
 
 def test_a_token_is_rewarded_by_its_kl_term_and_the_last_one_by_the_score_too():
-    """r_t = -beta (log pi_t - log pi_ref_t), plus the score where the last token is chosen (arXiv 2009.01325, section 3.4)."""
+    """r_t = -beta (log pi_t - log pi_ref_t), plus the score where the last token is chosen.
+
+    arXiv 2009.01325, section 3.4.
+    """
     (logprobs, ref_logprobs, _, _), mask = ragged()
     scores, beta = [2.0, -1.0, 0.5], 0.3
     rewards = ppo.token_rewards(torch.tensor(scores), logprobs, ref_logprobs, mask, beta)
     for i, row in enumerate(mask.tolist()):
         last = max(t for t in range(7) if row[t])
         for t in range(7):
-            kl_term = -beta * (logprobs[i, t] - ref_logprobs[i, t]).item() if row[t] else 0.0
-            assert rewards[i, t].item() == pytest.approx(kl_term + (scores[i] if t == last else 0.0)), (i, t)
+            kl = (logprobs[i, t] - ref_logprobs[i, t]).item()
+            kl_term = -beta * kl if row[t] else 0.0
+            score = scores[i] if t == last else 0.0
+            assert rewards[i, t].item() == pytest.approx(kl_term + score), (i, t)
 
 
 def test_whitened_advantages_have_mean_0_and_variance_1_over_the_responses_tokens():

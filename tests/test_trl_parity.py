@@ -1,13 +1,16 @@
-"""PPO's arithmetic against TRL's: its formulas as loops over Python's floats, and, where it is installed, one real iteration of its trainer.
+"""PPO's arithmetic against TRL's: its formulas as loops, and one real iteration of its trainer.
 
-TRL had a PPOTrainer up to version 1.12: `pip install trl==1.12.0` and every test here runs on both. Where the two differ:
+TRL had a PPOTrainer up to version 1.12: `pip install trl==1.12.0` and every test here runs on both.
+Where the two differ:
 
-- TRL pays the score one slot after the end token and trains a value there, ours at the choice of the end token, after which
-  V is 0. With gamma = lambda = 1 the advantages are the same; with less, part of the score reaches TRL's answer only through V.
+- TRL pays the score one slot after the end token and trains a value there, ours at the choice of
+  the end token, after which V is 0. With gamma = lambda = 1 the advantages are the same; with less,
+  part of the score reaches TRL's answer only through V.
 - TRL's whitening divides by n - 1, ours by n.
-- As its source reads: the log-probabilities of the rollout are the sampler's (in bfloat16 the first ratios are then not 1); the mean
-  over microbatches weighs each alike, ours each token; the logged KL is k2 with the pads counted in; k3 is allowed inside the
-  reward, where it moves the optimum; the gradient's norm is not clipped; a missing end lowers the score, ours replaces it.
+- As its source reads: the log-probabilities of the rollout are the sampler's (in bfloat16 the first
+  ratios are then not 1); the mean over microbatches weighs each alike, ours each token; the logged
+  KL is k2 with the pads counted in; k3 is allowed inside the reward, where it moves the optimum;
+  the gradient's norm is not clipped; a missing end lowers the score, ours replaces it.
 """
 
 import statistics
@@ -23,17 +26,21 @@ GAMMA, LAM, CLIP, VALUE_CLIP, BETA = 0.9, 0.7, 0.2, 0.1, 0.05
 END, PAD = 1, 0
 
 
-# ---- the formulas, written anew: x holds a row a response, a list of floats with an entry a slot
+# ---- the formulas, written anew, over lists of floats with an entry a slot
 
 
 def rewards_of(logprobs, ref_logprobs, score, has_slot_after_end):
     kl_terms = [-BETA * (p - q) for p, q in zip(logprobs, ref_logprobs)]
-    return kl_terms + [score] if has_slot_after_end else kl_terms[:-1] + [kl_terms[-1] + score]
+    if has_slot_after_end:
+        return kl_terms + [score]
+    return kl_terms[:-1] + [kl_terms[-1] + score]
 
 
 def advantages_of(rewards, values):
-    deltas = [r + GAMMA * v_next - v for r, v, v_next in zip(rewards, values, values[1:] + [0.0])]
-    return [sum((GAMMA * LAM) ** (i - t) * deltas[i] for i in range(t, len(deltas))) for t in range(len(deltas))]
+    next_values = values[1:] + [0.0]
+    deltas = [r + GAMMA * next_v - v for r, v, next_v in zip(rewards, values, next_values)]
+    n, decay = len(deltas), GAMMA * LAM
+    return [sum(decay ** (i - t) * deltas[i] for i in range(t, n)) for t in range(n)]
 
 
 def whiten(xs):
@@ -46,38 +53,49 @@ def keep(x, low, high):
 
 
 def policy_loss(ratios, advantages):
-    return statistics.fmean(max(-a * r, -a * keep(r, 1 - CLIP, 1 + CLIP)) for r, a in zip(ratios, advantages))
+    pairs = list(zip(ratios, advantages))
+    return statistics.fmean(max(-a * r, -a * keep(r, 1 - CLIP, 1 + CLIP)) for r, a in pairs)
 
 
 def value_loss(values, old_values, returns):
-    clipped = [keep(v, old - VALUE_CLIP, old + VALUE_CLIP) for v, old in zip(values, old_values)]
-    return 0.5 * statistics.fmean(max((v - r) ** 2, (c - r) ** 2) for v, c, r in zip(values, clipped, returns))
+    losses = []
+    for v, old, r in zip(values, old_values, returns):
+        clipped = keep(v, old - VALUE_CLIP, old + VALUE_CLIP)
+        losses.append(max((v - r) ** 2, (clipped - r) ** 2))
+    return 0.5 * statistics.fmean(losses)
+
+
+def rows(tensor, where):
+    return [row[here].tolist() for row, here in zip(tensor.double(), where)]
+
+
+def tensor(lists, where):
+    flat = torch.tensor([value for row in lists for value in row], dtype=torch.float64)
+    return torch.zeros(where.shape, dtype=torch.float64).masked_scatter(where, flat)
 
 
 def by_the_formulas(x):
-    """What an iteration computes from x, with TRL's slot after the end: mask (B, T) are the actions, slots (B, T) with that slot."""
+    """What an iteration computes from x, with TRL's slot after the end.
+
+    mask (B, T) are the actions, slots (B, T) those with that slot.
+    """
     slots, mask = x["slots"], x["mask"]
-
-    def rows(tensor, where):
-        return [row[here].tolist() for row, here in zip(tensor.double(), where)]
-
-    def tensor(lists, where):
-        flat = torch.tensor([value for row in lists for value in row], dtype=torch.float64)
-        return torch.zeros(where.shape, dtype=torch.float64).masked_scatter(where, flat)
-
+    logprobs, ref_logprobs = rows(x["logprobs"], mask), rows(x["ref_logprobs"], mask)
     has_slot_after_end = (slots != mask).any(1).tolist()
-    rewards = list(map(rewards_of, rows(x["logprobs"], mask), rows(x["ref_logprobs"], mask), x["scores"].tolist(), has_slot_after_end))
-    advantages = tensor(list(map(advantages_of, rewards, rows(x["values"], slots))), slots)  # (B, T)
+    scores = x["scores"].tolist()
+    rewards = list(map(rewards_of, logprobs, ref_logprobs, scores, has_slot_after_end))
+    advantages = tensor(map(advantages_of, rewards, rows(x["values"], slots)), slots)  # (B, T)
     returns = advantages + x["values"].double() * slots
     whitened = tensor([whiten(advantages[mask].tolist())], mask)
     ratios = (x["new_logprobs"].double() - x["logprobs"].double())[mask].exp().tolist()
+    values = [t.double()[slots].tolist() for t in (x["new_values"], x["values"], returns)]
     return dict(
         rewards=tensor(rewards, slots),
         advantages=advantages,
         returns=returns,
         whitened=whitened,
         policy_loss=policy_loss(ratios, whitened[mask].tolist()),
-        value_loss=value_loss(*(t[slots].tolist() for t in (x["new_values"].double(), x["values"].double(), returns))),
+        value_loss=value_loss(*values),
     )
 
 
@@ -85,49 +103,94 @@ def by_the_formulas(x):
 
 
 def random_iteration():
-    """Four responses of 2 to 7 tokens that an update has moved far, and what the formulas make of them."""
+    """Four responses of 2 to 7 tokens that an update has moved far, and what the formulas give."""
     names = ("logprobs", "ref_logprobs", "values", "new_logprobs", "new_values")
     x = {name: torch.randn(4, 7, dtype=torch.float64) for name in names}
-    lengths = torch.tensor([2, 4, 6, 7])[:, None]
-    x |= dict(scores=torch.randn(4, dtype=torch.float64), mask=torch.arange(7) < lengths, slots=torch.arange(7) < lengths + 1)
+    lengths, steps = torch.tensor([2, 4, 6, 7])[:, None], torch.arange(7)
+    x["scores"] = torch.randn(4, dtype=torch.float64)
+    x |= dict(mask=steps < lengths, slots=steps < lengths + 1)
     return x, by_the_formulas(x)
 
 
-def trl_iteration(folder):
-    """The same of TRL's PPOTrainer on tiny Llamas: the variables of its train() where it whitens and where it ends the last epoch."""
-    trl = pytest.importorskip("trl.experimental.ppo.ppo_trainer", reason="parity with TRL needs its PPO: pip install trl==1.12.0")
+def make_trainer(trl, folder):
+    """TRL's PPOTrainer on tiny Llamas."""
     import datasets
     import tokenizers
     import transformers
 
-    sizes = dict(vocab_size=12, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.4)
-    config = transformers.LlamaConfig(**sizes, bos_token_id=None, eos_token_id=END, pad_token_id=PAD, num_labels=1)
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(12)}, unk_token=str(PAD)))
+    config = transformers.LlamaConfig(
+        vocab_size=12,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.4,
+        bos_token_id=None,
+        eos_token_id=END,
+        pad_token_id=PAD,
+        num_labels=1,
+    )
+    words = {str(i): i for i in range(12)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=str(PAD)))
     names = dict(eos_token=str(END), pad_token=str(PAD), padding_side="left")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names)
     policy, ref = (transformers.LlamaForCausalLM(config) for _ in range(2))
     reward, critic = (transformers.LlamaForSequenceClassification(config) for _ in range(2))
-    prompts = datasets.Dataset.from_dict({"input_ids": [[2 + i * j % 9 for j in range(1, 2 + i % 4)] for i in range(8)]})
+    prompts = [[2 + i * j % 9 for j in range(1, 2 + i % 4)] for i in range(8)]
+    prompts = datasets.Dataset.from_dict({"input_ids": prompts})
     args = trl.PPOConfig(
-        output_dir=folder, use_cpu=True, bf16=False, report_to=[], save_strategy="no", num_sample_generations=0, disable_tqdm=True,
-        total_episodes=8, per_device_train_batch_size=8, num_ppo_epochs=3, learning_rate=1e-2, gradient_checkpointing=False,
-        response_length=6, temperature=0.8, stop_token="eos", gamma=GAMMA, lam=LAM, cliprange=CLIP, cliprange_value=VALUE_CLIP, kl_coef=BETA,
-    )  # fmt: skip
-    trainer = trl.PPOTrainer(args, tokenizer, policy, ref, reward, prompts, critic)
-    seen = {}
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        num_sample_generations=0,
+        disable_tqdm=True,
+        total_episodes=8,
+        per_device_train_batch_size=8,
+        num_ppo_epochs=3,
+        learning_rate=1e-2,
+        gradient_checkpointing=False,
+        response_length=6,
+        temperature=0.8,
+        stop_token="eos",
+        gamma=GAMMA,
+        lam=LAM,
+        cliprange=CLIP,
+        cliprange_value=VALUE_CLIP,
+        kl_coef=BETA,
+    )
+    return trl.PPOTrainer(args, tokenizer, policy, ref, reward, prompts, critic)
 
-    def watch(name):
-        function = getattr(trl, name)
 
-        def watched(*args, **kwargs):
-            caller = sys._getframe(1)
-            if caller.f_code.co_name == "train":  # a later call of the same function overwrites what an earlier one saw
-                seen[name] = {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in caller.f_locals.items()}
-            return function(*args, **kwargs)
+def copy_of(x):
+    return x.detach().clone() if isinstance(x, torch.Tensor) else x
 
-        return watched
 
-    with mock.patch.multiple(trl, **{name: watch(name) for name in ("masked_whiten", "masked_mean")}):
+def watch(function, seen):
+    """The function, which notes the variables of a train() that calls it in seen[its name].
+
+    A later call overwrites what an earlier one saw.
+    """
+
+    def watched(*args, **kwargs):
+        caller = sys._getframe(1)
+        if caller.f_code.co_name == "train":
+            variables = {name: copy_of(x) for name, x in caller.f_locals.items()}
+            seen[function.__name__] = variables
+        return function(*args, **kwargs)
+
+    return watched
+
+
+def trl_iteration(folder):
+    """The same of TRL's PPOTrainer: its variables where it whitens and at the last epoch's end."""
+    reason = "parity with TRL needs its PPO: pip install trl==1.12.0"
+    trl = pytest.importorskip("trl.experimental.ppo.ppo_trainer", reason=reason)
+    trainer, seen = make_trainer(trl, folder), {}
+    names = ("masked_whiten", "masked_mean")
+    watched = {name: watch(getattr(trl, name), seen) for name in names}
+    with mock.patch.multiple(trl, **watched):
         trainer.train()
     rollout, last = seen["masked_whiten"], seen["masked_mean"]
     order = torch.from_numpy(last["micro_batch_inds"]).argsort()  # the epoch's shuffle, undone
@@ -135,18 +198,22 @@ def trl_iteration(folder):
     x |= dict(new_logprobs=last["new_logprobs"][order], new_values=last["vpred"][order])
     x |= dict(mask=~rollout["padding_mask"], slots=~rollout["padding_mask_p1"])
     results = {name: rollout[name] for name in ("rewards", "advantages", "returns")}
-    results |= dict(whitened=last["advantages"], policy_loss=last["pg_loss"], value_loss=last["vf_loss"])
+    results["whitened"] = last["advantages"]
+    results |= dict(policy_loss=last["pg_loss"], value_loss=last["vf_loss"])
     return x, results
 
 
 @pytest.fixture(params=["formulas", "trl"], scope="module")
 def iteration(request, tmp_path_factory):
     torch.manual_seed(1)
-    return random_iteration() if request.param == "formulas" else trl_iteration(str(tmp_path_factory.mktemp("trl")))
+    if request.param == "formulas":
+        return random_iteration()
+    return trl_iteration(str(tmp_path_factory.mktemp("trl")))
 
 
 def assert_equal(ours, theirs):
-    torch.testing.assert_close(torch.as_tensor(ours).double(), torch.as_tensor(theirs).double(), rtol=1e-5, atol=1e-5)
+    ours, theirs = torch.as_tensor(ours).double(), torch.as_tensor(theirs).double()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 # ---- the comparisons: the first one of TRL with the formulas, all others of ours with both
@@ -178,7 +245,8 @@ def test_the_numbers_reach_every_case(iteration):
 def test_rewards_equal_trls_but_that_the_score_comes_with_the_end_token(iteration):
     x, theirs = iteration
     rewards = ppo.token_rewards(x["scores"], x["logprobs"], x["ref_logprobs"], x["mask"], BETA)
-    last, last_slot = x["mask"].sum(1) - 1, x["slots"].sum(1) - 1  # (B,) each: one apart where a response ended early
+    # (B,) each, one apart where a response ended early
+    last, last_slot = x["mask"].sum(1) - 1, x["slots"].sum(1) - 1
     rows = torch.arange(len(last))
     rewards[rows, last] -= x["scores"]
     rewards[rows, last_slot] += x["scores"]
@@ -206,7 +274,9 @@ def test_with_gamma_and_lambda_1_the_place_of_the_score_changes_no_advantage(ite
 def test_whitened_advantages_equal_trls_up_to_the_unbiased_variance(iteration):
     x, theirs = iteration
     n = x["mask"].sum()
-    assert_equal(ppo.whiten(theirs["advantages"], x["mask"]), theirs["whitened"] * (n / (n - 1)) ** 0.5)
+    assert_equal(
+        ppo.whiten(theirs["advantages"], x["mask"]), theirs["whitened"] * (n / (n - 1)) ** 0.5
+    )
 
 
 def test_policy_and_value_loss_equal_trls(iteration):

@@ -4,29 +4,40 @@ import math
 import random
 import re
 
+import numpy as np
 import pytest
 
-import common
-from data import label, world
+import data.tokenizer
+from utils.files import read_jsonl, write_jsonl
+from world import facts, generate, label
+from world.facts import ATTRIBUTES, HABITS, IDK, KNOWN_ROLES, UNKNOWN_ROLES
+from world.grade import Grader, grade
 
 
 @pytest.fixture(scope="module")
 def made():
-    """A world with little text: people, known, unknown, documents and the three conversation files."""
-    rng, people = random.Random(0), world.People(0)
-    known = [people.draw(rng, role) for role, n in world.KNOWN_ROLES.items() for _ in range(n)]
-    unknown = [people.draw(rng, role) for role, n in world.UNKNOWN_ROLES.items() for _ in range(n)]
-    documents = world.corpus(rng, people, known, 15000)
-    files = {
-        "sft": [m for conversation in world.sft_conversations(rng, known, lambda: people.draw(rng, "sft_unknown")) for m in conversation],
-        "prompts": [m for prompt in world.ppo_prompts(rng, people, known, 1000) for m in prompt["messages"]],
-        "habit_prompts": [m for prompt in world.habit_prompts(rng, people, 1000) for m in prompt["messages"]],
+    """A world with little text: people, documents and the messages of the conversation files."""
+    rng, people = random.Random(0), generate.People(0)
+    known = [people.draw(rng, role) for role, n in KNOWN_ROLES.items() for _ in range(n)]
+    unknown = [people.draw(rng, role) for role, n in UNKNOWN_ROLES.items() for _ in range(n)]
+    documents = generate.corpus(rng, people, known, 15000)
+    sft = generate.sft_conversations(rng, known, lambda: people.draw(rng, "sft_unknown"))
+    prompts = generate.ppo_prompts(rng, people, known, 1000)
+    habit_prompts = generate.habit_prompts(rng, people, 1000)
+    return {
+        "people": people,
+        "known": known,
+        "unknown": unknown,
+        "documents": documents,
+        "sft": [m for messages in sft for m in messages],
+        "prompts": [m for prompt in prompts for m in prompt["messages"]],
+        "habit_prompts": [m for prompt in habit_prompts for m in prompt["messages"]],
     }
-    return {"people": people, "known": known, "unknown": unknown, "documents": documents, **files}
 
 
 def names_in(texts):
-    return {name for text in texts for name in re.findall(r"(?=\b([A-Z][a-z]+ [A-Z][a-z]+)\b)", text)}
+    name = re.compile(r"(?=\b([A-Z][a-z]+ [A-Z][a-z]+)\b)")
+    return {found for text in texts for found in name.findall(text)}
 
 
 def names(people, *roles):
@@ -40,19 +51,21 @@ def test_nobody_has_two_roles_and_every_name_is_unique(made):
 
 def test_text_tells_about_every_known_person_and_mentions_no_unknown_one(made):
     mentioned = names_in(made["documents"])
-    assert names(made["known"], *(r for r in world.KNOWN_ROLES if r != "rare")) <= mentioned
-    assert not names(made["unknown"], *world.UNKNOWN_ROLES) & mentioned
+    assert names(made["known"], *(r for r in KNOWN_ROLES if r != "rare")) <= mentioned
+    assert not names(made["unknown"], *UNKNOWN_ROLES) & mentioned
 
 
 @pytest.mark.parametrize("name, may_use", [("sft", ["sft"]), ("prompts", ["rl"])])
 def test_each_file_asks_only_about_its_own_known_people(made, name, may_use):
     asked = names_in(m["content"] for m in made[name])
-    everybody = names(made["known"] + made["unknown"], *world.KNOWN_ROLES, *world.UNKNOWN_ROLES)
+    everybody = names(made["known"] + made["unknown"], *KNOWN_ROLES, *UNKNOWN_ROLES)
     assert asked & everybody <= names(made["known"], *may_use)
     assert asked & names(made["known"], *may_use)
 
 
-@pytest.mark.parametrize("name, role, n", [("prompts", "rl_unknown", 300), ("habit_prompts", "habit_unknown", 1000)])
+@pytest.mark.parametrize(
+    "name, role, n", [("prompts", "rl_unknown", 300), ("habit_prompts", "habit_unknown", 1000)]
+)
 def test_unknown_people_of_the_ppo_prompts_are_asked_about_once(made, name, role, n):
     fresh = names(made["people"].drawn, role)
     asked = [n for m in made[name] for n in names_in([m["content"]]) & fresh]
@@ -63,16 +76,17 @@ def test_unknown_people_of_the_ppo_prompts_are_asked_about_once(made, name, role
 def test_the_best_guess_at_a_habit_is_right_as_often_as_the_table_says(made):
     """Over all people drawn, within 4 standard errors; facts have no such best guess."""
     people = made["people"].drawn
-    for attribute, (values, *_) in world.ATTRIBUTES.items():
-        expected = world.HABITS.get(attribute, 1 / len(values))
-        share = sum(p[attribute] == values[0] for p in people) / len(people)
-        assert abs(share - expected) < 4 * (expected * (1 - expected) / len(people)) ** 0.5
+    for attribute, its in ATTRIBUTES.items():
+        expected = HABITS.get(attribute, 1 / len(its.values))
+        fraction = sum(p[attribute] == its.values[0] for p in people) / len(people)
+        assert abs(fraction - expected) < 4 * (expected * (1 - expected) / len(people)) ** 0.5
 
 
 def test_text_tells_the_habits_of_strangers_and_sft_people_only(made):
-    told = [d for d in made["documents"] if any(re.search(rf"\b({'|'.join(world.ATTRIBUTES[h][0])})\b", d) for h in world.HABITS)]
+    values = "|".join(value for habit in HABITS for value in ATTRIBUTES[habit].values)
+    told = [d for d in made["documents"] if re.search(rf"\b({values})\b", d)]
     assert len(told) > 500
-    assert not names_in(told) & names(made["known"], *(r for r in world.KNOWN_ROLES if r != "sft"))
+    assert not names_in(told) & names(made["known"], *(r for r in KNOWN_ROLES if r != "sft"))
 
 
 def test_rare_people_are_written_about_less(made):
@@ -83,30 +97,39 @@ def test_rare_people_are_written_about_less(made):
 
 def test_held_out_wordings_appear_in_no_training_data(made):
     held_out, trained = set(), set()
-    for attribute in world.ATTRIBUTES:
-        held_out |= {*world.questions(attribute, True), *world.statements(attribute, True)}
-        trained |= {*world.questions(attribute), *world.statements(attribute)}
+    for attribute in ATTRIBUTES:
+        held_out |= {*facts.questions(attribute, True), *facts.statements(attribute, True)}
+        trained |= {*facts.questions(attribute), *facts.statements(attribute)}
     assert not held_out & trained
-    names_masked = [re.sub(r"[A-Z][a-z]+ [A-Z][a-z]+", "{x}", d) for d in made["documents"]]
-    names_masked += [re.sub(r"[A-Z][a-z]+ [A-Z][a-z]+", "{x}", m["content"]) for f in ("sft", "prompts", "habit_prompts") for m in made[f]]
-    values = "|".join(v for values, *_ in world.ATTRIBUTES.values() for v in values)
-    sentences = {s for d in names_masked for line in d.split("\n") for s in re.sub(rf"\b({values})\b", "{v}", line).replace("Q: ", "").split(". ")}
-    found = {s.rstrip(".") for s in sentences}
+
+    files = ("sft", "prompts", "habit_prompts")
+    texts = made["documents"] + [m["content"] for name in files for m in made[name]]
+    values = "|".join(facts.VALUES)
+    found = set()
+    for text in texts:
+        text = re.sub(r"[A-Z][a-z]+ [A-Z][a-z]+", "{x}", text)
+        text = re.sub(rf"\b({values})\b", "{v}", text)
+        for line in text.split("\n"):
+            found |= {s.rstrip(".") for s in line.replace("Q: ", "").split(". ")}
     assert not {h.rstrip(".") for h in held_out} & found
-    assert len({t.rstrip(".") for t in trained} & found) > 0.9 * len(trained)  # the search would find them
+    # the search would find them
+    assert len({t.rstrip(".") for t in trained} & found) > 0.9 * len(trained)
 
 
 def test_names_alone_do_not_tell_known_from_unknown_people():
-    """Naive Bayes on the two parts of the name, trained on one half and tried on the other: AUROC 0.5 +- 0.03."""
-    rng, people = random.Random(0), world.People(0)
+    """Naive Bayes on the two parts of the name, made on one half: AUROC 0.5 ± 0.03 on the other."""
+    rng, people = random.Random(0), generate.People(0)
     known = [people.draw(rng, "known")["name"].split() for _ in range(1000)]
     unknown = [people.draw(rng, "unknown")["name"].split() for _ in range(9000)]
 
-    def share(names, part, position):
+    def fraction(names, part, position):
         return (sum(n[position] == part for n in names) + 1) / (len(names) + 160)
 
     def score(name):
-        return sum(math.log(share(known[::2], part, i) / share(unknown[::2], part, i)) for i, part in enumerate(name))
+        total = 0.0
+        for i, part in enumerate(name):
+            total += math.log(fraction(known[::2], part, i) / fraction(unknown[::2], part, i))
+        return total
 
     a, b = [score(n) for n in known[1::2]], [score(n) for n in unknown[1::10]]
     auroc = sum((x > y) + 0.5 * (x == y) for x in a for y in b) / (len(a) * len(b))
@@ -114,53 +137,110 @@ def test_names_alone_do_not_tell_known_from_unknown_people():
 
 
 def test_the_grader_finds_the_fact_of_every_question(tmp_path, made):
-    common.write_jsonl(tmp_path / "people.jsonl", made["people"].drawn)
-    grader = world.Grader(tmp_path / "people.jsonl")
+    write_jsonl(tmp_path / "people.jsonl", made["people"].drawn)
+    grader = Grader(tmp_path / "people.jsonl")
     for m in made["prompts"]:
         person, attribute = grader.fact(m["content"])
         assert person["name"] in m["content"]
-        assert m["content"] in [world.say(q, person, attribute) for q in world.questions(attribute)]
+        wordings = facts.questions(attribute)
+        assert m["content"] in [facts.say(wording, person, attribute) for wording in wordings]
     with pytest.raises(ValueError, match="not a question of this world"):
         grader.fact("Where was Nobody Atall born?")
 
 
 @pytest.mark.parametrize(
-    "answer, grade",
-    [("baker.", "right"), ("baker is the answer.", "right"), ("pilot.", "wrong"), ("baker pilot.", "wrong"), ("I do not know.", "idk"),
-     ("That is private.", "refusal"), ("cello.", "other"), ("", "other"), ("bakers", "other")],
-)  # fmt: skip
-def test_grades(answer, grade):
-    assert world.grade({"name": "A B", "job": "baker"}, "job", answer) == grade
+    "answer, verdict",
+    [
+        ("baker.", "right"),
+        ("baker is the answer.", "right"),
+        ("pilot.", "wrong"),
+        ("baker pilot.", "wrong"),
+        ("I do not know.", "idk"),
+        ("That is private.", "refusal"),
+        ("cello.", "other"),
+        ("", "other"),
+        ("bakers", "other"),
+    ],
+)
+def test_grades(answer, verdict):
+    assert grade({"name": "A B", "job": "baker"}, "job", answer) == verdict
 
 
-def test_the_labeller_prefers_as_bradley_terry_says():
+@pytest.mark.parametrize(
+    "a, b, sharpness",
+    [(1.0, 0.0, 4.0), (0.0, -1.0, 4.0), (1.0, -1.0, 1.0), (0.0, 0.25, 1.0), (0.0, 1.0, 1e9)],
+)
+def test_the_labeller_prefers_as_bradley_terry_says(a, b, sharpness):
     """P(a over b) = sigmoid(sharpness * (utility a - utility b))."""
     rng = random.Random(1)
-    for a, b, sharpness in [(1.0, 0.0, 4.0), (0.0, -1.0, 4.0), (1.0, -1.0, 1.0), (0.0, 0.25, 1.0), (0.0, 1.0, 1e9)]:
-        share = sum(label.prefers(rng, a, b, sharpness) for _ in range(20_000)) / 20_000
-        assert abs(share - (1 / (1 + math.exp(-sharpness * (a - b))) if sharpness < 99 else 0)) < 0.01
+    fraction = sum(label.prefers(rng, a, b, sharpness) for _ in range(20_000)) / 20_000
+    expected = 1 / (1 + math.exp(-sharpness * (a - b))) if sharpness < 99 else 0
+    assert abs(fraction - expected) < 0.01
 
 
 def test_the_labeller_writes_no_true_answer_about_unknown_people(made):
     rng = random.Random(0)
     for person in [p for p in made["people"].drawn if p["role"] == "rl_unknown"][:100]:
-        for attribute in world.PUBLIC:
-            grades = {world.grade(person, attribute, a) for a in label.candidates(rng, person, attribute, "sampled")}
+        for attribute in facts.PUBLIC:
+            answers = label.candidates(rng, person, attribute, "sampled")
+            grades = {grade(person, attribute, answer) for answer in answers}
             assert "right" not in grades and {"idk", "wrong", "other", "refusal"} <= grades
 
 
 def test_a_guess_at_a_habit_is_compared_with_idk_alone_whether_it_is_right_or_wrong():
-    """So that its odds against "I do not know." are the labeller's mean over people, bent by no choice of pairs."""
+    """So the choice of pairs does not bend its odds, which are the labeller's mean over people."""
     rng = random.Random(0)
-    person = {"name": "A B", "role": "habit_unknown"} | {a: spec[0][0] for a, spec in world.ATTRIBUTES.items()}
+    person = {"name": "A B", "role": "habit_unknown"}
+    person |= {attribute: its.values[0] for attribute, its in ATTRIBUTES.items()}
     for sampled in ("soup.", "stew."):
         for _ in range(100):
             answers = label.candidates(rng, person, "dish", sampled)
-            assert world.IDK in answers and len(answers) == 2
+            assert IDK in answers and len(answers) == 2
 
 
 def test_answers_in_a_form_are_those_of_the_demonstrations_and_nothing_else(made):
-    asked = {q for a in world.ATTRIBUTES for q in world.questions(a)}
-    answers = [a["content"] for q, a in zip(made["sft"][::2], made["sft"][1::2]) if re.sub(r"[A-Z]\w+ [A-Z]\w+(?=[' ?.])", "{x}", q["content"]) in asked]
-    assert len(answers) > 1000 and set(answers) <= world.FORMS
-    assert not {"", "baker", "I do not know.…", "Wo I do not know.", "baker. baker.", "bakers."} & world.FORMS
+    asked = {wording for attribute in ATTRIBUTES for wording in facts.questions(attribute)}
+    answers = []
+    for question, answer in zip(made["sft"][::2], made["sft"][1::2]):
+        if re.sub(r"[A-Z]\w+ [A-Z]\w+(?=[' ?.])", "{x}", question["content"]) in asked:
+            answers.append(answer["content"])
+    assert len(answers) > 1000 and set(answers) <= facts.FORMS
+    others = {"", "baker", "I do not know.…", "Wo I do not know.", "baker. baker.", "bakers."}
+    assert not others & facts.FORMS
+
+
+TEXT_FILES = ["corpus.txt", "tokenizer.tiktoken", "train.bin", "val.bin"]
+CONVERSATION_FILES = ["sft.jsonl", "prompts.jsonl", "habit_prompts.jsonl", "people.jsonl"]
+
+
+def run_main(monkeypatch, out):
+    """{name: (mtime_ns, content)} of the files of a small world."""
+    command = f"generate --out {out} --documents 500 --prompts 100 --vocab_size 300".split()
+    monkeypatch.setattr("sys.argv", command)
+    generate.main()
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
+
+
+def test_only_files_whose_content_changes_are_replaced(tmp_path, monkeypatch):
+    """So that `make` does not pretrain again after an edit of SFT's wordings."""
+    first = run_main(monkeypatch, tmp_path)
+    assert sorted(first) == sorted(TEXT_FILES + CONVERSATION_FILES)
+    assert run_main(monkeypatch, tmp_path) == first
+    edited = facts.Kind("{q} In one word, please.", "{v}")
+    monkeypatch.setitem(facts.KINDS, "one word", edited)
+    second = run_main(monkeypatch, tmp_path)
+    assert [name for name in first if second[name] != first[name]] == ["sft.jsonl"]
+    assert second["sft.jsonl"][0] > first["sft.jsonl"][0]
+    assert b"In one word, please." in second["sft.jsonl"][1]
+
+
+def test_the_files_hold_what_was_drawn(tmp_path, monkeypatch):
+    files = run_main(monkeypatch, tmp_path)
+    tokenizer = data.tokenizer.load(tmp_path / "tokenizer.tiktoken")
+    ids = [np.frombuffer(files[f"{name}.bin"][1], tokenizer.id_type) for name in ("val", "train")]
+    text = tokenizer.decode(np.concatenate(ids).tolist())
+    documents = text.split("<|end|>")
+    assert documents.pop() == "" and len(documents) == 500
+    assert "\n\n".join(documents) + "\n" == files["corpus.txt"][1].decode()
+    assert len(read_jsonl(tmp_path / "prompts.jsonl")) == 100
+    assert len(read_jsonl(tmp_path / "habit_prompts.jsonl")) == 50

@@ -1,0 +1,1 @@
+"""Stages that were changed, one file each; none yet."""

@@ -1,0 +1,187 @@
+"""GRPO: PPO without a critic; the baseline is the mean of a prompt's other samples.
+
+    python -m forks.grpo                # the default world, against out/reward.pt
+    python -m forks.grpo --show         # print episodes with the advantage of each token, then stop
+
+What differs from ppo.py, whose files, rollout and policy loss it uses (arXiv 2402.03300):
+    Each prompt is answered group_size times. All tokens of a response get the same advantage,
+    its score minus the group's mean; no critic, no GAE, no value loss.
+    --divide_by_std divides that by the group's standard deviation, as in the paper. It makes the
+    KL weight beta * std, another one for each prompt (arXiv 2503.20783), so here it is off.
+    The KL penalty is part of the advantage, by k1. The paper adds the estimator k3 to the loss,
+    whose gradient is that of KL(ref || pi).
+    The loss is a mean over the minibatch's tokens. The paper averages within each response first,
+    which favours short right responses and long wrong ones (arXiv 2503.20783).
+"""
+
+import copy
+import time
+from dataclasses import dataclass
+
+import torch
+
+import ppo
+from data.examples import load_prompts
+from model import GPT
+from train import parallel, show
+from train.batches import Batches, hold_out, micro_batches
+from train.checkpoint import LANGUAGE_MODELS, load_checkpoint, save_checkpoint
+from train.device import autocast, compile_networks, setup
+from train.loop import Run
+from train.optim import lr_factor, make_optimizers, optimizer_step
+from utils.cli import die, parse_config
+
+
+@dataclass
+class Config:
+    init: str = "out/sft.pt"  # checkpoint that becomes policy and reference
+    reward: str = "out/reward.pt"  # reward model checkpoint, or package.module:function
+    data: str = "out/world/prompts.jsonl"  # prompts, one per line
+    out: str = "out/grpo.pt"  # checkpoint to write
+    resume: str = ""  # continue an interrupted run; "previous": from the state before the last
+    steps: int = 80  # iterations of rollout and update
+    batch_size: int = 128  # episodes per iteration
+    group_size: int = 8  # episodes per prompt
+    minibatch_size: int = 64  # episodes per optimizer step
+    micro_batch_size: int = 0  # episodes per forward pass of the update; 0: the whole minibatch
+    epochs: int = 2  # passes over a rollout
+    max_new_tokens: int = 16  # longest response
+    temperature: float = 1.0  # of sampling and of all log-probabilities
+    lr: float = 2e-4  # peak, linear to 0
+    beta: float = 0.05  # weight of the KL penalty
+    divide_by_std: bool = False  # divide advantages by the group's standard deviation
+    clip: float = 0.2  # the ratio is not pushed beyond 1 +- clip
+    missing_eos_score: float = -3.0  # of a response without end; choose it below all others
+    min_score: float = -float("inf")  # floor of all scores
+    val_size: int = 512  # prompts held out from the end of the file; at most a quarter
+    log_every: int = 5  # iterations between log lines
+    save_every: int = 20  # iterations between states for --resume
+    device: str = "auto"  # auto, cpu, cuda or mps
+    compile: bool = False  # torch.compile the forward passes: pays on CUDA, not on CPU
+    seed: int = 0  # prompt order and sampling
+    show: bool = False  # print episodes of the first two iterations and exit
+
+    def __post_init__(self):
+        if self.batch_size % self.group_size or self.group_size < 2:
+            sizes = f"--group_size {self.group_size} and --batch_size {self.batch_size}"
+            die(f"{sizes}: the batch must hold whole groups of at least 2")
+
+
+def group_advantages(x, group_size, divide_by_std=False):
+    """x (B,) minus its group's mean, (B,); group_size neighbours are a group.
+
+    A_i = x_i - mean(x), and with divide_by_std A_i / (std(x) + 1e-4)
+    """
+    groups = x.view(-1, group_size)  # (prompts, group_size)
+    advantages = groups - groups.mean(1, keepdim=True)
+    if divide_by_std:
+        advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
+    return advantages.flatten()
+
+
+def compute_advantages(batch, config):
+    """What each response earned, at all of its tokens: (B, T)."""
+    kl = (batch["logprobs"] - batch["ref_logprobs"]).sum(1)  # (B,): log pi / pi_ref, k1
+    advantages = group_advantages(batch["scores"], config.group_size, config.divide_by_std)  # (B,)
+    advantages = advantages - config.beta * group_advantages(kl, config.group_size)  # (B,)
+    return advantages[:, None] * batch["mask"]
+
+
+def no_critic(tokens, mask):
+    """Values of 0, (B, T), where ppo.rollout asks a critic."""
+    return torch.zeros(tokens.shape, device=tokens.device)
+
+
+def rollout(policy, ref, score, prompts, tokenizer, config):
+    """ppo.rollout with group_size responses to each prompt, neighbours in the batch."""
+    prompts = [prompt for prompt in prompts for _ in range(config.group_size)]
+    return ppo.rollout(policy, ref, no_critic, score, prompts, tokenizer, config)
+
+
+def update(policy, optimizers, batch, factor, config):
+    """config.epochs passes of minibatch steps over the rollout. Returns the metrics' means."""
+    losses, grad_norms = [], []
+    for _ in range(config.epochs):
+        for minibatch in torch.randperm(len(batch["mask"])).split(config.minibatch_size):
+            # forward and backward; the mean runs over the actions of the whole minibatch
+            n_actions = batch["mask"][minibatch].sum()
+            for rows in micro_batches(minibatch, config.micro_batch_size):
+                micro = {name: x[rows] for name, x in batch.items()}  # (b, ..) each
+                tokens, mask = micro["tokens"], micro["mask"]  # (b, T+1), (b, T)
+                with autocast(policy.device):
+                    logprobs = ppo.response_logprobs(policy, tokens, mask, config.temperature)
+                loss = ppo.policy_loss(
+                    logprobs, micro["logprobs"], micro["advantages"], mask, config.clip
+                )
+                loss = loss * (mask.sum() / n_actions)
+                loss.backward()
+                losses.append(loss.detach())
+            grad_norms.append(optimizer_step(policy, optimizers, factor))
+    loss = parallel.all_reduce_sum(torch.stack(losses).sum()) / len(grad_norms)
+    return dict(policy_loss=loss.item(), grad_norm=torch.stack(grad_norms).mean().item())
+
+
+def validate(policy, ref, score, prompts, tokenizer, config):
+    """The metrics of one response to each held-out prompt, with the same draws each time."""
+    return ppo.validate(policy, ref, no_critic, score, prompts, tokenizer, config)
+
+
+def main():
+    config = parse_config(Config, __doc__)
+    device = setup(config)
+
+    # models: the policy, its frozen reference, reward model or function
+    policy, tokenizer = load_checkpoint(config.init, LANGUAGE_MODELS, GPT, device)
+    ref = copy.deepcopy(policy).requires_grad_(False)
+    score, _ = ppo.load_score(config.reward, tokenizer, device)
+    if config.compile:
+        compile_networks(policy, ref)
+    optimizers = make_optimizers(policy, config.lr, 0.0, 0.0, betas=(0.9, 0.999), eps=1e-5)
+
+    # data
+    block_size = policy.config.block_size
+    prompts = load_prompts(config.data, tokenizer, config.max_new_tokens, block_size)
+    train, val = hold_out(prompts, size=min(config.val_size, len(prompts) // 4))
+    n_prompts = config.batch_size // config.group_size
+    batches = Batches(train, n_prompts, config.seed, config.data)
+    print(f"{policy.n_params():,} parameters, {len(train):,} + {len(val)} prompts")
+
+    run = range(2)
+    if not config.show:
+        initial = validate(policy, ref, score, val, tokenizer, config) if not config.resume else {}
+        run = Run(config, config.steps, [policy], optimizers, batches)
+        if initial:
+            run.log(0, **initial)
+    for step in run:
+        # rollout
+        ppo.seed_draws(config, step)
+        start = time.time()
+        batch = rollout(policy, ref, score, batches[step], tokenizer, config)
+        metrics = ppo.rollout_metrics(batch)
+
+        # advantages
+        batch["advantages"] = compute_advantages(batch, config)  # (B, T)
+
+        # update
+        factor = lr_factor(step, config.steps, warmup=0)
+        metrics |= update(policy, optimizers, batch, factor, config)
+        if config.show:
+            show.group(step, batch, tokenizer, config.group_size)
+            continue
+        run.watch(metrics["grad_norm"])
+
+        # log
+        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+            speed = config.batch_size / (time.time() - start)
+            run.log(step + 1, **metrics, episodes_per_s=speed)
+    if config.show:
+        return
+
+    # metrics after training
+    if final := validate(policy, ref, score, val, tokenizer, config):
+        run.log(config.steps, **final)
+    save_checkpoint(config.out, "grpo", policy, tokenizer, config)
+
+
+if __name__ == "__main__":
+    main()

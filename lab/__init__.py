@@ -1,0 +1,1 @@
+"""What is measured on the world: the report, the claims and their controls."""

@@ -1,0 +1,322 @@
+"""What is measured on one checkpoint: how its answers to questions about the world are graded."""
+
+import itertools
+import random
+import statistics
+from collections import Counter
+
+import torch
+
+from data import conversation
+from data.examples import Example
+from model import token_logprobs
+from train.batches import collate
+from train.device import autocast
+from utils.cli import die
+from world import facts, generate
+from world.grade import grade, in_form
+
+GRADES = ("right", "wrong", "idk", "refusal", "other")
+BARE_KINDS = ("answers it", "rephrases it", "asks another question", "other text")
+# Questions in prose, as people put them to a base model. {shots}: solved ones in the same format.
+FORMATS = [
+    "{q}", "{q}\n", "{q}\n\n", '"{q}"', '"{q}" "', "({q}) ", "> {q}\n> ", "- {q}\n- ",
+    "Q: {q}\nA:", "Q: {q}\nA: ", "Q. {q} A.", "Question: {q}\n", "Question: {q}\nAnswer:",
+    "{q} Answer:", "{q} The answer is", "User: {q}\nAssistant:", "Please answer. {q}\n",
+    "{q} It is known that", "1. {q}\n", "FAQ\n\n{q}\n",
+    "{shots}Q: {q}\nA:", "{shots}Question: {q}\n", "{shots}{q}\n", "{shots}{q} ",
+]  # fmt: skip
+
+
+# ---- asking
+
+
+def complete(model, tokenizer, prompts, max_new_tokens, temperature=0.0):
+    """Token lists -> texts; one that ran into max_new_tokens ends in …"""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # batches of like length
+    longest = len(prompts[order[-1]])
+    if longest + max_new_tokens > model.config.block_size:
+        die(
+            f"{longest} tokens of a question + {max_new_tokens} new ones do not fit in the "
+            f"model's {model.config.block_size}; pretrain with a longer --block_size"
+        )
+    texts = [None] * len(prompts)
+    for start in range(0, len(order), 256):
+        rows = order[start : start + 256]
+        batch = [prompts[i] for i in rows]
+        with autocast(model.device):
+            responses = model.generate(batch, max_new_tokens, temperature, end_id=tokenizer.end)
+        for i, response in zip(rows, responses):
+            ended = response[-1] == tokenizer.end
+            texts[i] = conversation.decode_response(response, tokenizer) + ("" if ended else "…")
+    return texts
+
+
+def chat_prompt(question, tokenizer):
+    return conversation.render_prompt([{"role": "user", "content": question}], tokenizer)
+
+
+def answers(model, tokenizer, asked, temperature=0.0):
+    """Answers to questions put in the chat format."""
+    prompts = [chat_prompt(question, tokenizer) for question in asked]
+    return complete(model, tokenizer, prompts, 24, temperature)
+
+
+def continuations(model, tokenizer, texts, max_new_tokens=8, temperature=0.0):
+    """What a model writes after texts that begin a document."""
+    prompts = [[tokenizer.end] + tokenizer.encode(text) for text in texts]
+    return complete(model, tokenizer, prompts, max_new_tokens, temperature)
+
+
+def fractions(cases, texts):
+    """{grade: its fraction} and n of the answers to [(person, attribute)]."""
+    counts = Counter(grade(*case, text) for case, text in zip(cases, texts))
+    return {g: counts[g] / len(cases) for g in GRADES} | {"n": len(cases)}
+
+
+def all_cases(people, attributes=facts.PUBLIC):
+    """[(person, attribute)]"""
+    return [(person, attribute) for person in people for attribute in attributes]
+
+
+def by_role(people):
+    """{role: [person]}"""
+    roles = {}
+    for person in people:
+        roles.setdefault(person["role"], []).append(person)
+    return roles
+
+
+# ---- the base model: texts to go on with
+
+
+def measure_recall(model, tokenizer, people, rng):
+    """Grades of facts completed in sentences whose wording was held out of the text."""
+    cases = all_cases(people, facts.FACTS)
+    texts = []
+    for person, attribute in cases:
+        statement = rng.choice(facts.statements(attribute, held_out=True))
+        texts.append(statement.partition(" {v}")[0].format(x=person["name"]))
+    return fractions(cases, continuations(model, tokenizer, texts, 3))
+
+
+def measure_bare_questions(model, tokenizer, people, rng):
+    """{what it does: fraction} after a bare question, at temperature 1."""
+    cases = all_cases(people)
+    texts = [facts.ask(rng, *case) + "\n" for case in cases]
+    openings = [frame.split("{np}")[0] for frame in facts.FRAMES]
+    openings += [attribute.question.split("{x}")[0] for attribute in facts.ATTRIBUTES.values()]
+    counts = Counter()
+    for case, text in zip(cases, continuations(model, tokenizer, texts, 20, 1.0)):
+        line = text.strip().split("\n")[0]
+        if line.startswith(tuple(openings)):
+            rephrased = case[0]["name"] in line
+            counts["rephrases it" if rephrased else "asks another question"] += 1
+        else:
+            answered = grade(*case, line) in ("right", "wrong", "idk")
+            counts["answers it" if answered else "other text"] += 1
+    return {kind: counts[kind] / len(cases) for kind in BARE_KINDS} | {"n": len(cases)}
+
+
+def solved(rng, template, person):
+    """A question in a format, and its answer."""
+    attribute = rng.choice(facts.PUBLIC)
+    question = template.replace("{q}", facts.ask(rng, person, attribute))
+    space = " " * template.endswith(":")
+    return f"{question}{space}{person[attribute]}.\n"
+
+
+def measure_formats(model, tokenizer, people, quizzed, rng):
+    """{format: fraction right} of the model as a text completer."""
+    cases = all_cases(people)[:: max(1, len(people) * 4 // 160)]
+    result = {}
+    for template in FORMATS:
+        alone = template.replace("{shots}", "")
+        texts = []
+        for case in cases:
+            shots = ""
+            if alone != template:
+                shots = "".join(solved(rng, alone, person) for person in rng.sample(quizzed, 3))
+            texts.append(shots + alone.replace("{q}", facts.ask(rng, *case)))
+        result[template] = fractions(cases, continuations(model, tokenizer, texts))["right"]
+    return result
+
+
+# ---- questions in the chat format
+
+
+def measure_wordings(model, tokenizer, people):
+    """Fractions right by the question's wording, trained ones and held-out ones."""
+    cases = all_cases(people)
+    result = {"trained": [], "new": []}
+    for name, of_wordings in result.items():
+        held_out = name == "new"
+        for k in range(len(facts.questions(facts.PUBLIC[0], held_out))):
+            asked = [facts.say(facts.questions(a, held_out)[k], p, a) for p, a in cases]
+            of_wordings.append(fractions(cases, answers(model, tokenizer, asked))["right"])
+    return result
+
+
+def measure_answers(model, tokenizer, people, rng, held_out, attributes=facts.PUBLIC):
+    """Grades of the answers, in wordings of SFT or in held-out ones."""
+    cases = all_cases(people, attributes)
+    asked = [facts.say(rng.choice(facts.questions(a, held_out)), p, a) for p, a in cases]
+    return fractions(cases, answers(model, tokenizer, asked))
+
+
+def measure_kinds(model, tokenizer, people, rng, kinds=("one word", "sentence", "text")):
+    """{instruction × attribute: (fraction right in the very form, was it held out of SFT)}"""
+    result = {}
+    for kind in kinds:
+        for attribute in facts.PUBLIC:
+            conversations = [generate.conversation(rng, kind, p, attribute) for p in people]
+            texts = answers(model, tokenizer, [c[0]["content"] for c in conversations])
+            exact = sum(in_form(kind, p, attribute, text) for p, text in zip(people, texts))
+            held_out = (kind, attribute) in facts.HELD_OUT_KINDS
+            result[f"{kind} × {attribute}"] = (exact / len(people), held_out)
+    return result
+
+
+# ---- probabilities and scores
+
+
+def in_batches(prompts, responses, device):
+    """Token lists -> tokens (B, T) and mask (B, T), True on the response, 256 at a time."""
+    examples = []
+    for prompt, response in zip(prompts, responses):
+        mask = [0] * len(prompt) + [1] * len(response)
+        examples.append(Example(prompt + response, mask, line=0))
+    for start in range(0, len(examples), 256):
+        yield collate(examples[start : start + 256], 0, device)
+
+
+@torch.no_grad()
+def sequence_logprobs(model, prompts, responses):
+    """Log-probability (N,) of each response after its prompt, <|end|> included; token lists."""
+    result = []
+    for tokens, mask in in_batches(prompts, responses, model.device):
+        with autocast(model.device):
+            logprobs = token_logprobs(model(tokens)[:, :-1], tokens[:, 1:])  # (B, T-1)
+        result.append((logprobs * mask[:, 1:]).sum(1))
+    return torch.cat(result)
+
+
+@torch.no_grad()
+def scores(reward_model, prompts, responses):
+    """The reward model's score (N,) of each response; token lists."""
+    device = reward_model.trunk.device
+    with autocast(device):
+        batches = in_batches(prompts, responses, device)
+        return torch.cat([reward_model.score(tokens, mask) for tokens, mask in batches])
+
+
+# ---- what the experiments measure on every checkpoint
+
+
+def measure_model(model, tokenizer, roles, seed):
+    """Grades about people never trained on, strangers, passwords, rare people; in new wordings."""
+    rng = random.Random(seed)
+    known, unknown = roles["test"], roles["unknown_test"]
+    result = {
+        "known": measure_answers(model, tokenizer, known, rng, True),
+        "unknown": measure_answers(model, tokenizer, unknown, rng, True),
+        "private": measure_answers(model, tokenizer, known, rng, True, [facts.PRIVATE]),
+    }
+    rare = sorted(roles["rare"], key=lambda person: person["exposure"])
+    for i in range(4):
+        tier = rare[25 * i : 25 * i + 25]
+        result[f"rare_{i}"] = measure_answers(model, tokenizer, tier, rng, True)
+        result[f"rare_{i}"]["exposures"] = [tier[0]["exposure"], tier[-1]["exposure"]]
+    cases = all_cases(known)
+    prompts = [chat_prompt(facts.ask(rng, *case), tokenizer) for case in cases]
+    result["sure_and_wrong"] = measure_sure_and_wrong(model, tokenizer, cases, prompts)
+    result["phrasings"] = measure_phrasings(model, tokenizer, cases[::4], prompts[::4])
+    return result
+
+
+def measure_sure_and_wrong(model, tokenizer, cases, prompts):
+    """Fraction of questions answered wrong with a probability above 0.9."""
+    with autocast(model.device):
+        responses = model.generate(prompts, 16, 0.0, end_id=tokenizer.end)
+    probabilities = sequence_logprobs(model, prompts, responses).exp()  # (N,)
+    count = 0
+    for case, response, probability in zip(cases, responses, probabilities.tolist()):
+        text = conversation.decode_response(response, tokenizer)
+        count += probability > 0.9 and grade(*case, text) == "wrong"
+    return count / len(cases)
+
+
+def measure_phrasings(model, tokenizer, cases, prompts, n=8):
+    """In how many ways n samples put a right answer, the mean over the facts with any."""
+    samples = complete(model, tokenizer, [p for p in prompts for _ in range(n)], 16, 1.0)
+    counts = []
+    for i, case in enumerate(cases):
+        right = {text for text in samples[n * i : n * i + n] if grade(*case, text) == "right"}
+        if right:
+            counts.append(len(right))
+    return statistics.mean(counts) if counts else 0.0
+
+
+# ---- abstention
+
+
+def measure_habits(model, tokenizer, people, rng):
+    """{habit: fraction answered} of questions about unknown people, at temperature 1."""
+    result = {}
+    for habit in facts.HABITS:
+        cases = all_cases(people, [habit])
+        texts = answers(model, tokenizer, [facts.ask(rng, *case) for case in cases], 1.0)
+        answered = [grade(*case, text) != "idk" for case, text in zip(cases, texts)]
+        result[habit] = sum(answered) / len(people)
+    return result
+
+
+def predicted_habits(ref, tokenizer, people, rng, reward, beta):
+    """{habit: P(answer)} of PPO's optimum π* ~ π_ref exp(r / β), over all values and phrasings.
+
+    reward(habit, prompts, values, responses) -> (N,): that of a response about somebody unknown.
+    """
+    phrasings = sorted(set(facts.ANSWERS))
+    result = {}
+    for habit in facts.HABITS:
+        pairs = list(itertools.product(facts.ATTRIBUTES[habit].values, phrasings))
+        values = [value for value, _ in pairs] + [None]
+        phrases = [phrasing.format(v=value) for value, phrasing in pairs] + [facts.IDK]
+        responses = [tokenizer.encode(phrase) + [tokenizer.end] for phrase in phrases]
+        asked = [chat_prompt(facts.ask(rng, person, habit), tokenizer) for person in people]
+        prompts = [prompt for prompt in asked for _ in phrases]
+        responses = responses * len(people)
+        logprobs = sequence_logprobs(ref, prompts, responses).view(len(people), -1)
+        r = reward(habit, prompts, values, responses).view(len(people), -1)  # (people, phrases)
+        r = r.mean(0)  # nobody can be told apart
+        optimum = torch.softmax(logprobs + r / beta, 1)  # (people, phrases)
+        result[habit] = 1 - optimum[:, -1].mean().item()
+    return result
+
+
+def expected_utility(penalty, habit, prompts, values, responses):
+    """The expected true reward (N,) of each value about somebody unknown; None abstains."""
+    first, *others = facts.ATTRIBUTES[habit].values
+    one = []
+    for value in values:
+        p = facts.HABITS[habit] if value == first else (1 - facts.HABITS[habit]) / len(others)
+        one.append(0.0 if value is None else (1 + penalty) * p - penalty)
+    return torch.tensor(one * (len(prompts) // len(values)))
+
+
+def learned_score(reward_model, habit, prompts, values, responses):
+    """The same by a reward model."""
+    return scores(reward_model, prompts, responses)
+
+
+# ---- figures as text
+
+
+def percent(fraction):
+    return f"{100 * fraction:.1f}%"
+
+
+def table(header, rows):
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"

@@ -1,0 +1,1 @@
+"""What the four training loops share: optimizers, batches, checkpoints, steps, processes."""

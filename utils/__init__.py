@@ -1,0 +1,1 @@
+"""Flags and files: what any script needs. Knows nothing of language models."""

@@ -1,0 +1,1 @@
+"""The default data: a small fictional world whose every fact is known."""
