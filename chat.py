@@ -26,7 +26,7 @@ import torch
 from data import conversation
 from model import GPT
 from train import show
-from train.checkpoint import load_checkpoint
+from train.checkpoint import LANGUAGE_MODELS, load_checkpoint
 from train.device import autocast, setup
 from utils.cli import die, parse_config
 
@@ -39,21 +39,21 @@ class Config:
     top_k: int = 50  # sample among this many tokens; 0: all
     top_p: float = 0.95  # sample among the likeliest tokens that together have this probability
     max_new_tokens: int = 64  # longest answer
+    raw: bool = False  # continue text instead of chatting
     device: str = "auto"  # auto, cpu, cuda or mps
     seed: int = 0  # of the sampling
-
-
-def notice(text):
-    print(f"[{text}]", file=sys.stderr)
 
 
 class Chat:
     """One checkpoint and its side of the conversation."""
 
     def __init__(self, path, device):
-        self.path = path
-        self.model, self.tokenizer = load_checkpoint(path, ["base", "sft", "ppo"], GPT, device)
         self.messages, self.system = [], []
+        self.load(path, device)
+
+    def load(self, path, device):
+        self.model, self.tokenizer = load_checkpoint(path, LANGUAGE_MODELS, GPT, device)
+        self.path = path
 
     def prompt(self, text, raw, room):
         """At most room token ids to continue; None if the question alone has more.
@@ -63,45 +63,42 @@ class Chat:
         if raw:
             return ([self.tokenizer.end] + self.tokenizer.encode(text))[-room:]
         question = {"role": "user", "content": text}
-        for n_dropped in range(len(self.messages) // 2 + 1):
-            kept = self.messages[2 * n_dropped :]
-            tokens = conversation.render_prompt([*self.system, *kept, question], self.tokenizer)
+        for n in range(0, len(self.messages) + 1, 2):
+            kept = [*self.system, *self.messages[n:], question]
+            tokens = conversation.render_prompt(kept, self.tokenizer)
             if len(tokens) <= room:
-                if n_dropped:
-                    turns = "turn" if n_dropped == 1 else "turns"
-                    notice(f"the context is full: forgot the oldest {n_dropped} {turns}")
-                self.messages = kept
+                if n:
+                    print(f"[context full: forgot the oldest {n} messages]", file=sys.stderr)
+                del self.messages[:n]
                 return tokens
-        notice(f"too long: the model reads {room} tokens at most")
+        print(f"[too long: the model reads {room} tokens at most]", file=sys.stderr)
 
-    def answer(self, text, raw, config, write):
+    def answer(self, text, config, write):
         """Generates an answer, whose pieces write gets as they come; Ctrl-C stops it."""
         block_size = self.model.config.block_size
         max_new_tokens = min(config.max_new_tokens, block_size // 2)
-        tokens = self.prompt(text, raw, block_size - max_new_tokens)
+        tokens = self.prompt(text, config.raw, block_size - max_new_tokens)
         if tokens is None:
             return ""
         # a character may be split over tokens
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        pieces = []
+        ids = []
 
-        def on_token(ids):
-            if ids[0] != self.tokenizer.end:
-                token = self.tokenizer.encoding.decode_single_token_bytes(ids[0])
-                pieces.append(decoder.decode(token))
-                write(pieces[-1])
+        def on_token(new_ids):
+            ids.extend(new_ids)
+            if ids[-1] != self.tokenizer.end:
+                write(decoder.decode(self.tokenizer.encoding.decode_single_token_bytes(ids[-1])))
 
         sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
         sampling |= dict(end_id=self.tokenizer.end, on_token=on_token)
         try:
             with autocast(self.model.device):
                 self.model.generate([tokens], max_new_tokens, **sampling)
-            pieces.append(decoder.decode(b"", final=True))
-            write(pieces[-1])
+            write(decoder.decode(b"", final=True))
         except KeyboardInterrupt:
             write(" [stopped]")
-        whole = "".join(pieces)
-        if not raw:
+        whole = conversation.decode_response(ids, self.tokenizer)
+        if not config.raw:
             self.messages.append({"role": "user", "content": text})
             self.messages.append({"role": "assistant", "content": whole})
         return whole
@@ -122,13 +119,13 @@ def show_columns(titles, texts):
         print(" | ".join(show.ljust(cell[:columns], columns) for cell in row).rstrip())
 
 
-def respond(text, raw, chats, config):
+def respond(text, chats, config):
     """Prints a single model's answer as it comes, several models' side by side."""
     if len(chats) == 1:
-        chats[0].answer(text, raw, config, lambda piece: print(piece, end="", flush=True))
+        chats[0].answer(text, config, lambda piece: print(piece, end="", flush=True))
         print()
     else:
-        texts = [chat.answer(text, raw, config, lambda piece: None) for chat in chats]
+        texts = [chat.answer(text, config, lambda piece: None) for chat in chats]
         show_columns([chat.path for chat in chats], texts)
 
 
@@ -137,9 +134,8 @@ def command(line, chats, config, device):
     name, _, value = line.partition(" ")
     value = value.strip()
     if name == "/model":
-        successor = Chat(value or chats[0].path, device)
-        successor.messages, successor.system = chats[0].messages, chats[0].system
-        chats[:] = [successor]
+        chats[0].load(value or chats[0].path, device)
+        del chats[1:]
     elif name == "/temperature":
         try:
             config.temperature = max(0.0, float(value))
@@ -151,6 +147,8 @@ def command(line, chats, config, device):
     elif name == "/reset":
         for chat in chats:
             chat.messages = []
+    elif name == "/raw":
+        config.raw = not config.raw
     else:
         print(__doc__[__doc__.index("/model") :].rstrip())
 
@@ -158,10 +156,7 @@ def command(line, chats, config, device):
 def open_input():
     """Prepares stdin. Returns whether somebody types there."""
     if not sys.stdin or not sys.stdout:  # closed by `<&-` or `>&-`
-        die(
-            "there is nowhere to read questions from or to write answers to; "
-            "give it a terminal, a pipe or a file"
-        )
+        die("no place to read questions from or write answers to; give a terminal, pipe or file")
     sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # Windows has none: its console edits lines itself
@@ -180,20 +175,18 @@ def main():
         device = setup(config)
     chats = [Chat(path, device) for path in config.compare or [config.model]]
     torch.manual_seed(config.seed)
-    interactive, raw = open_input(), False
+    interactive = open_input()
 
     while True:
-        prompt = "continue> " if raw else "you> "
+        prompt = "continue> " if config.raw else "you> "
         try:
             line = input(prompt if interactive else "")
             if line.strip() in ("/quit", "/exit"):
                 break
-            if line.strip() == "/raw":
-                raw = not raw
-            elif line.startswith("/"):
-                command(line, chats, config, device)
+            if line.startswith("/"):
+                command(line.strip(), chats, config, device)
             elif line.strip():
-                respond(line, raw, chats, config)
+                respond(line, chats, config)
         except KeyboardInterrupt:  # at the prompt: a fresh one
             print()
         except EOFError:

@@ -84,7 +84,7 @@ def reading(path):
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError) as e:
-        die(f"{path}: not as transformers writes it ({e!r:.150}); download the file again")
+        die(f"{path}: not as transformers writes it ({e!r:.150}); download it again")
 
 
 def find_unsupported(theirs, rope):
@@ -94,7 +94,7 @@ def find_unsupported(theirs, rope):
     rotated_fraction = (theirs | rope).get("partial_rotary_factor", 1)
     layer_types = set(theirs.get("layer_types", ()))
     checks = {
-        f"model_type {kind!r} (only llama and qwen3)": kind not in ("llama", "qwen3"),
+        f"model_type {kind!r}": kind not in ("llama", "qwen3"),
         f"scaled rotary positions ({rope_type})": rope_type != "default",
         "rotary positions on a part of each head": rotated_fraction != 1,
         "sliding-window attention": theirs.get("use_sliding_window", "sliding_window" in theirs),
@@ -121,14 +121,10 @@ def read_config(path, block_size=0):
     assumed["num_key_value_heads"] = theirs.get("num_attention_heads")
 
     theirs = assumed | theirs | rope
-    try:
-        sizes = {name: theirs[key] for name, key in SIZES.items()}
-        sizes["block_size"] = block_size or sizes["block_size"]
-        return GPTConfig(**sizes, qk_norm=is_qwen3)
-    except KeyError as e:
-        die(f"{path}: has no {e}; download the file again")
-    except ValueError as e:
-        die(f"{path}: {e}")
+    sizes = {name: theirs[key] for name, key in SIZES.items()}
+    block_size = block_size or sizes["block_size"]
+    sizes["block_size"] = max(8, block_size // 8 * 8)  # later stages pad to multiples of 8
+    return GPTConfig(**sizes, qk_norm=is_qwen3)
 
 
 # ---- theirs -> ours: the tokenizer

@@ -90,11 +90,11 @@ def attention(q, k, v, attn_mask):
     q (B, H, T, D), k and v (B, H, S, D), attn_mask (.., T, S) -> (B, H, T, D)
 
     torch.compile recognizes exactly this form and replaces it with one fused kernel, which
-    tests/test_attention.py watches. A scale by multiplication, a masked_fill or a float32 mask
-    would not match.
+    tests/test_attention.py watches. A scale by multiplication, a masked_fill, a float32 mask or
+    the float32 softmax of CUDA's autocast would not match.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1)) + attn_mask.to(q.dtype)  # (B, H, T, S)
-    weights = torch.softmax(scores, dim=-1)  # (B, H, T, S)
+    weights = torch.softmax(scores, dim=-1, dtype=q.dtype)  # (B, H, T, S)
     return weights.to(v.dtype) @ v  # (B, H, T, D)
 
 
@@ -135,7 +135,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, G, D).transpose(1, 2)  # (B, G, T, D)
         v = v.contiguous()  # like the rotated q and k; torch.compile's fused kernel needs it
         if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, cache_positions, k, v)  # (B, G, S, D)

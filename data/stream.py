@@ -162,10 +162,13 @@ def split_text(path, f, is_document):
     yield last.rstrip() if separator else last, is_document or bool(separator)
 
 
-def read_pieces(source, bar=None):
+def read_pieces(source):
     """(text, whether a document ends there) for all that the source holds, in order."""
-    done = 0  # bytes
-    for path in find_files(source):
+    paths = find_files(source)
+    size = sum(path.stat().st_size for path in paths)
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=None)
+    for path in paths:
+        start = bar.n
         with open_file(path) as (f, raw):
             if path.name.removesuffix(".gz").endswith(".txt"):
                 pieces = split_text(path, f, is_document=source.is_dir())
@@ -174,9 +177,8 @@ def read_pieces(source, bar=None):
                 pieces = zip(texts, itertools.repeat(True))
             for piece in pieces:
                 yield piece
-                if bar is not None:
-                    bar.update(done + raw.tell() - bar.n)
-        done += path.stat().st_size
+                bar.update(start + raw.tell() - bar.n)
+    bar.close()
 
 
 def group(pieces, size):
@@ -228,11 +230,9 @@ def write_part(path, pieces):
 def write_parts(source, folder, tokenizer, workers):
     """Tokenizes the source into the parts that folder lacks -> paths of all parts, characters."""
     paths, n_chars, pending = [], 0, collections.deque()
-    size = sum(path.stat().st_size for path in find_files(source))
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None)
     pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(tokenizer.dumps(),))
-    with pool, bar:
-        for pieces in group(read_pieces(source, bar), PART):
+    with pool:
+        for pieces in group(read_pieces(source), PART):
             paths.append(folder / f"{len(paths):05d}.bin")
             n_chars += sum(len(text) for text, _ in pieces)
             if not paths[-1].exists():

@@ -1,1 +1,1 @@
-"""Stages that were changed, one file each; none yet."""
+"""Stages that were changed, one file each; README.md says how to write the next one."""

@@ -33,22 +33,20 @@ FORMATS = [
 
 def complete(model, tokenizer, prompts, max_new_tokens, temperature=0.0):
     """Token lists -> texts; one that ran into max_new_tokens ends in …"""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # batches of like length
-    longest = len(prompts[order[-1]])
-    if longest + max_new_tokens > model.config.block_size:
-        die(
-            f"{longest} tokens of a question + {max_new_tokens} new ones do not fit in the "
-            f"model's {model.config.block_size}; pretrain with a longer --block_size"
-        )
+    longest, block_size = max(map(len, prompts)), model.config.block_size
+    if longest + max_new_tokens > block_size:
+        sizes = f"{longest} tokens of a question + {max_new_tokens} new ones"
+        die(f"{sizes} do not fit in the model's {block_size}; pretrain with a longer --block_size")
     texts = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # batches of like length
     for start in range(0, len(order), 256):
         rows = order[start : start + 256]
         batch = [prompts[i] for i in rows]
         with autocast(model.device):
             responses = model.generate(batch, max_new_tokens, temperature, end_id=tokenizer.end)
         for i, response in zip(rows, responses):
-            ended = response[-1] == tokenizer.end
-            texts[i] = conversation.decode_response(response, tokenizer) + ("" if ended else "…")
+            cut = "" if response[-1] == tokenizer.end else "…"
+            texts[i] = conversation.decode_response(response, tokenizer) + cut
     return texts
 
 
@@ -68,17 +66,6 @@ def continuations(model, tokenizer, texts, max_new_tokens=8, temperature=0.0):
     return complete(model, tokenizer, prompts, max_new_tokens, temperature)
 
 
-def fractions(cases, texts):
-    """{grade: its fraction} and n of the answers to [(person, attribute)]."""
-    counts = Counter(grade(*case, text) for case, text in zip(cases, texts))
-    return {g: counts[g] / len(cases) for g in GRADES} | {"n": len(cases)}
-
-
-def all_cases(people, attributes=facts.PUBLIC):
-    """[(person, attribute)]"""
-    return [(person, attribute) for person in people for attribute in attributes]
-
-
 def by_role(people):
     """{role: [person]}"""
     roles = {}
@@ -87,7 +74,32 @@ def by_role(people):
     return roles
 
 
+def all_cases(people, attributes=facts.PUBLIC):
+    """[(person, attribute)]"""
+    return [(person, attribute) for person in people for attribute in attributes]
+
+
+def ask(rng, cases, held_out=False):
+    """A question about each (person, attribute), in a wording of SFT or in a held-out one."""
+    return [facts.say(rng.choice(facts.questions(a, held_out)), p, a) for p, a in cases]
+
+
+def fractions(cases, texts):
+    """{grade: its fraction} and n of the answers to [(person, attribute)]."""
+    counts = Counter(grade(*case, text) for case, text in zip(cases, texts))
+    return {g: counts[g] / len(cases) for g in GRADES} | {"n": len(cases)}
+
+
 # ---- the base model: texts to go on with
+
+
+def measure_base(model, tokenizer, known, unknown, quizzed, rng):
+    return {
+        "recall": measure_recall(model, tokenizer, known, rng),
+        "recall_unknown": measure_recall(model, tokenizer, unknown, rng),
+        "bare": measure_bare_questions(model, tokenizer, known, rng),
+        "formats": measure_formats(model, tokenizer, known, quizzed, rng),
+    }
 
 
 def measure_recall(model, tokenizer, people, rng):
@@ -103,19 +115,34 @@ def measure_recall(model, tokenizer, people, rng):
 def measure_bare_questions(model, tokenizer, people, rng):
     """{what it does: fraction} after a bare question, at temperature 1."""
     cases = all_cases(people)
-    texts = [facts.ask(rng, *case) + "\n" for case in cases]
+    texts = [question + "\n" for question in ask(rng, cases)]
     openings = [frame.split("{np}")[0] for frame in facts.FRAMES]
     openings += [attribute.question.split("{x}")[0] for attribute in facts.ATTRIBUTES.values()]
     counts = Counter()
     for case, text in zip(cases, continuations(model, tokenizer, texts, 20, 1.0)):
         line = text.strip().split("\n")[0]
         if line.startswith(tuple(openings)):
-            rephrased = case[0]["name"] in line
-            counts["rephrases it" if rephrased else "asks another question"] += 1
+            same = case[0]["name"] in line
+            counts["rephrases it" if same else "asks another question"] += 1
         else:
             answered = grade(*case, line) in ("right", "wrong", "idk")
             counts["answers it" if answered else "other text"] += 1
     return {kind: counts[kind] / len(cases) for kind in BARE_KINDS} | {"n": len(cases)}
+
+
+def measure_formats(model, tokenizer, people, quizzed, rng):
+    """{format: fraction right} of the model as a text completer."""
+    cases = all_cases(people)[:: max(1, len(people) * 4 // 160)]
+    result = {}
+    for template in FORMATS:
+        alone = template.removeprefix("{shots}")
+        texts = []
+        for case in cases:
+            shots = rng.sample(quizzed, 3) if alone != template else []
+            text = "".join(solved(rng, alone, person) for person in shots)
+            texts.append(text + alone.replace("{q}", facts.ask(rng, *case)))
+        result[template] = fractions(cases, continuations(model, tokenizer, texts))["right"]
+    return result
 
 
 def solved(rng, template, person):
@@ -126,22 +153,6 @@ def solved(rng, template, person):
     return f"{question}{space}{person[attribute]}.\n"
 
 
-def measure_formats(model, tokenizer, people, quizzed, rng):
-    """{format: fraction right} of the model as a text completer."""
-    cases = all_cases(people)[:: max(1, len(people) * 4 // 160)]
-    result = {}
-    for template in FORMATS:
-        alone = template.replace("{shots}", "")
-        texts = []
-        for case in cases:
-            shots = ""
-            if alone != template:
-                shots = "".join(solved(rng, alone, person) for person in rng.sample(quizzed, 3))
-            texts.append(shots + alone.replace("{q}", facts.ask(rng, *case)))
-        result[template] = fractions(cases, continuations(model, tokenizer, texts))["right"]
-    return result
-
-
 # ---- questions in the chat format
 
 
@@ -149,65 +160,65 @@ def measure_wordings(model, tokenizer, people):
     """Fractions right by the question's wording, trained ones and held-out ones."""
     cases = all_cases(people)
     result = {"trained": [], "new": []}
-    for name, of_wordings in result.items():
-        held_out = name == "new"
-        for k in range(len(facts.questions(facts.PUBLIC[0], held_out))):
-            asked = [facts.say(facts.questions(a, held_out)[k], p, a) for p, a in cases]
-            of_wordings.append(fractions(cases, answers(model, tokenizer, asked))["right"])
+    for name, rights in result.items():
+        wordings = {a: facts.questions(a, name == "new") for a in facts.PUBLIC}
+        for k in range(len(wordings[facts.PUBLIC[0]])):
+            asked = [facts.say(wordings[a][k], p, a) for p, a in cases]
+            rights.append(fractions(cases, answers(model, tokenizer, asked))["right"])
     return result
 
 
 def measure_answers(model, tokenizer, people, rng, held_out, attributes=facts.PUBLIC):
     """Grades of the answers, in wordings of SFT or in held-out ones."""
     cases = all_cases(people, attributes)
-    asked = [facts.say(rng.choice(facts.questions(a, held_out)), p, a) for p, a in cases]
-    return fractions(cases, answers(model, tokenizer, asked))
+    return fractions(cases, answers(model, tokenizer, ask(rng, cases, held_out)))
 
 
-def measure_kinds(model, tokenizer, people, rng, kinds=("one word", "sentence", "text")):
-    """{instruction × attribute: (fraction right in the very form, was it held out of SFT)}"""
-    result = {}
-    for kind in kinds:
-        for attribute in facts.PUBLIC:
-            conversations = [generate.conversation(rng, kind, p, attribute) for p in people]
-            texts = answers(model, tokenizer, [c[0]["content"] for c in conversations])
-            exact = sum(in_form(kind, p, attribute, text) for p, text in zip(people, texts))
+def measure_forms(model, tokenizer, known, unknown, rng):
+    """{kinds, reading}: by instruction × attribute, (fraction right in form, held out of SFT?)"""
+    # of people in no other text, only the given one can tell
+    groups = {"kinds": (known, ["one word", "sentence", "text"]), "reading": (unknown, ["text"])}
+    result = {"kinds": {}, "reading": {}}
+    for name, (people, kinds) in groups.items():
+        for kind, attribute in itertools.product(kinds, facts.PUBLIC):
+            demos = [generate.conversation(rng, kind, person, attribute) for person in people]
+            texts = answers(model, tokenizer, [demo[0]["content"] for demo in demos])
+            right = sum(in_form(kind, p, attribute, text) for p, text in zip(people, texts))
             held_out = (kind, attribute) in facts.HELD_OUT_KINDS
-            result[f"{kind} × {attribute}"] = (exact / len(people), held_out)
+            result[name][f"{kind} × {attribute}"] = (right / len(people), held_out)
     return result
 
 
 # ---- probabilities and scores
 
 
-def in_batches(prompts, responses, device):
-    """Token lists -> tokens (B, T) and mask (B, T), True on the response, 256 at a time."""
-    examples = []
+@torch.no_grad()
+def in_batches(function, device, prompts, responses):
+    """function(tokens (B, T), mask (B, T)) -> (B,) of all responses after their prompts: (N,)."""
+    examples, results = [], []
     for prompt, response in zip(prompts, responses):
         mask = [0] * len(prompt) + [1] * len(response)
         examples.append(Example(prompt + response, mask, line=0))
     for start in range(0, len(examples), 256):
-        yield collate(examples[start : start + 256], 0, device)
+        tokens, mask = collate(examples[start : start + 256], 0, device)
+        with autocast(device):
+            results.append(function(tokens, mask))
+    return torch.cat(results)
 
 
-@torch.no_grad()
 def sequence_logprobs(model, prompts, responses):
     """Log-probability (N,) of each response after its prompt, <|end|> included; token lists."""
-    result = []
-    for tokens, mask in in_batches(prompts, responses, model.device):
-        with autocast(model.device):
-            logprobs = token_logprobs(model(tokens)[:, :-1], tokens[:, 1:])  # (B, T-1)
-        result.append((logprobs * mask[:, 1:]).sum(1))
-    return torch.cat(result)
+
+    def logprobs(tokens, mask):
+        by_token = token_logprobs(model(tokens)[:, :-1], tokens[:, 1:])  # (B, T-1)
+        return (by_token * mask[:, 1:]).sum(1)
+
+    return in_batches(logprobs, model.device, prompts, responses)
 
 
-@torch.no_grad()
 def scores(reward_model, prompts, responses):
     """The reward model's score (N,) of each response; token lists."""
-    device = reward_model.trunk.device
-    with autocast(device):
-        batches = in_batches(prompts, responses, device)
-        return torch.cat([reward_model.score(tokens, mask) for tokens, mask in batches])
+    return in_batches(reward_model.score, reward_model.trunk.device, prompts, responses)
 
 
 # ---- what the experiments measure on every checkpoint
@@ -216,19 +227,18 @@ def scores(reward_model, prompts, responses):
 def measure_model(model, tokenizer, roles, seed):
     """Grades about people never trained on, strangers, passwords, rare people; in new wordings."""
     rng = random.Random(seed)
-    known, unknown = roles["test"], roles["unknown_test"]
-    result = {
-        "known": measure_answers(model, tokenizer, known, rng, True),
-        "unknown": measure_answers(model, tokenizer, unknown, rng, True),
-        "private": measure_answers(model, tokenizer, known, rng, True, [facts.PRIVATE]),
-    }
+    known = roles["test"]
+    groups = {"known": known, "unknown": roles["unknown_test"], "private": known}
     rare = sorted(roles["rare"], key=lambda person: person["exposure"])
-    for i in range(4):
-        tier = rare[25 * i : 25 * i + 25]
-        result[f"rare_{i}"] = measure_answers(model, tokenizer, tier, rng, True)
-        result[f"rare_{i}"]["exposures"] = [tier[0]["exposure"], tier[-1]["exposure"]]
+    groups |= {f"rare_{i}": rare[25 * i : 25 * i + 25] for i in range(4)}
+    result = {}
+    for name, people in groups.items():
+        attributes = [facts.PRIVATE] if name == "private" else facts.PUBLIC
+        result[name] = measure_answers(model, tokenizer, people, rng, True, attributes)
+        if name.startswith("rare"):
+            result[name]["exposures"] = [people[0]["exposure"], people[-1]["exposure"]]
     cases = all_cases(known)
-    prompts = [chat_prompt(facts.ask(rng, *case), tokenizer) for case in cases]
+    prompts = [chat_prompt(question, tokenizer) for question in ask(rng, cases)]
     result["sure_and_wrong"] = measure_sure_and_wrong(model, tokenizer, cases, prompts)
     result["phrasings"] = measure_phrasings(model, tokenizer, cases[::4], prompts[::4])
     return result
@@ -265,9 +275,9 @@ def measure_habits(model, tokenizer, people, rng):
     result = {}
     for habit in facts.HABITS:
         cases = all_cases(people, [habit])
-        texts = answers(model, tokenizer, [facts.ask(rng, *case) for case in cases], 1.0)
-        answered = [grade(*case, text) != "idk" for case, text in zip(cases, texts)]
-        result[habit] = sum(answered) / len(people)
+        texts = answers(model, tokenizer, ask(rng, cases), 1.0)
+        answered = sum(grade(*case, text) != "idk" for case, text in zip(cases, texts))
+        result[habit] = answered / len(cases)
     return result
 
 
@@ -276,18 +286,17 @@ def predicted_habits(ref, tokenizer, people, rng, reward, beta):
 
     reward(habit, prompts, values, responses) -> (N,): that of a response about somebody unknown.
     """
-    phrasings = sorted(set(facts.ANSWERS))
+    phrasings, n = sorted(set(facts.ANSWERS)), len(people)
     result = {}
     for habit in facts.HABITS:
         pairs = list(itertools.product(facts.ATTRIBUTES[habit].values, phrasings))
         values = [value for value, _ in pairs] + [None]
         phrases = [phrasing.format(v=value) for value, phrasing in pairs] + [facts.IDK]
-        responses = [tokenizer.encode(phrase) + [tokenizer.end] for phrase in phrases]
+        responses = [tokenizer.encode(phrase) + [tokenizer.end] for phrase in phrases] * n
         asked = [chat_prompt(facts.ask(rng, person, habit), tokenizer) for person in people]
         prompts = [prompt for prompt in asked for _ in phrases]
-        responses = responses * len(people)
-        logprobs = sequence_logprobs(ref, prompts, responses).view(len(people), -1)
-        r = reward(habit, prompts, values, responses).view(len(people), -1)  # (people, phrases)
+        logprobs = sequence_logprobs(ref, prompts, responses).view(n, -1)  # (people, phrases)
+        r = reward(habit, prompts, values, responses).view(n, -1)  # (people, phrases)
         r = r.mean(0)  # nobody can be told apart
         optimum = torch.softmax(logprobs + r / beta, 1)  # (people, phrases)
         result[habit] = 1 - optimum[:, -1].mean().item()
@@ -296,11 +305,10 @@ def predicted_habits(ref, tokenizer, people, rng, reward, beta):
 
 def expected_utility(penalty, habit, prompts, values, responses):
     """The expected true reward (N,) of each value about somebody unknown; None abstains."""
-    first, *others = facts.ATTRIBUTES[habit].values
-    one = []
-    for value in values:
-        p = facts.HABITS[habit] if value == first else (1 - facts.HABITS[habit]) / len(others)
-        one.append(0.0 if value is None else (1 + penalty) * p - penalty)
+    p, (first, *others) = facts.HABITS[habit], facts.ATTRIBUTES[habit].values
+    utilities = {value: (1 + penalty) * (1 - p) / len(others) - penalty for value in others}
+    utilities |= {first: (1 + penalty) * p - penalty, None: 0.0}
+    one = [utilities[value] for value in values]
     return torch.tensor(one * (len(prompts) // len(values)))
 
 
@@ -312,11 +320,7 @@ def learned_score(reward_model, habit, prompts, values, responses):
 # ---- figures as text
 
 
-def percent(fraction):
-    return f"{100 * fraction:.1f}%"
-
-
 def table(header, rows):
     """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -1,5 +1,6 @@
 """chat.py as its users meet it: typed into a terminal, fed by a pipe, several models at once."""
 
+import dataclasses
 import fcntl
 import os
 import pty
@@ -20,7 +21,7 @@ import chat
 import sft
 from data import conversation
 from train import show
-from train.checkpoint import save_checkpoint
+from train.checkpoint import LANGUAGE_MODELS, save_checkpoint
 from train.device import autocast
 
 COMMAND = [sys.executable, Path(__file__).parent.parent / "chat.py", "--device", "cpu"]
@@ -83,7 +84,7 @@ def test_without_an_input_it_ends_in_one_line(folder):
     done = subprocess.run(command, capture_output=True, text=True, **close_stdin)
     last_line = done.stderr.splitlines()[-1]
     assert done.returncode == 1
-    assert last_line.startswith("error: there is nowhere to read questions from")
+    assert last_line.startswith("error: no place to read questions from")
     assert "Traceback" not in done.stderr
 
 
@@ -135,7 +136,7 @@ def test_an_answer_streams_token_by_token_and_a_split_character_comes_whole(fold
         return real(hidden)
 
     monkeypatch.setattr(one.model, "logits", logits)
-    answer = one.answer("hello", False, GREEDY, pieces.append)
+    answer = one.answer("hello", GREEDY, pieces.append)
     assert written == list(range(12))  # when a token is computed, those before it are on the screen
     assert "".join(pieces) == answer == reply(one.model, render(messages("hello")))
     whole = [c for c in answer if c not in "�" and ord(c) > 127]
@@ -156,9 +157,9 @@ def test_the_oldest_turns_are_forgotten_with_a_notice_when_the_context_is_full(f
 
     one.model.generate = generate
     for i in range(8):
-        one.answer(f"question number {i}?", False, GREEDY, ignore)
+        one.answer(f"question number {i}?", GREEDY, ignore)
         said = capsys.readouterr().err
-        forgot += int((re.findall(r"forgot the oldest (\d)", said) or [0])[0])
+        forgot += int((re.findall(r"forgot the oldest (\d) messages", said) or [0])[0]) // 2
         # the newest remain, with none missing
         questions = [m["content"] for m in one.messages[::2]]
         assert questions == [f"question number {j}?" for j in range(forgot, i + 1)]
@@ -169,7 +170,7 @@ def test_the_oldest_turns_are_forgotten_with_a_notice_when_the_context_is_full(f
 
     # a refused question costs nothing
     before = list(one.messages)
-    assert one.answer("much " * 30, False, GREEDY, print) == ""
+    assert one.answer("much " * 30, GREEDY, print) == ""
     assert one.messages == before
     assert "too long: the model reads 84 tokens at most" in capsys.readouterr().err
 
@@ -177,8 +178,22 @@ def test_the_oldest_turns_are_forgotten_with_a_notice_when_the_context_is_full(f
 def test_raw_continues_the_text_itself_and_remembers_nothing(folder):
     one = load(folder)
     tokens = [TOKENIZER.end] + TOKENIZER.encode("Once upon")
-    assert one.answer("Once upon", True, GREEDY, ignore) == reply(one.model, tokens)
+    raw = dataclasses.replace(GREEDY, raw=True)
+    assert one.answer("Once upon", raw, ignore) == reply(one.model, tokens)
     assert one.messages == []
+
+
+def test_a_pipe_can_continue_text(folder):
+    done = piped(b"Once upon\n", "--raw", "--model", folder / "a.pt")
+    tokens = [TOKENIZER.end] + TOKENIZER.encode("Once upon")
+    assert done.stdout.decode() == reply(load(folder).model, tokens) + "\n"
+
+
+@pytest.mark.parametrize("stage", LANGUAGE_MODELS)
+def test_any_language_model_can_be_talked_to(folder, tmp_path, stage):
+    save_checkpoint(tmp_path / "x.pt", stage, load(folder).model, TOKENIZER, sft.Config())
+    answers = [one.answer("hello", GREEDY, ignore) for one in (load(folder), load(tmp_path, "x"))]
+    assert answers[0] == answers[1]
 
 
 def test_commands_change_the_model_the_system_message_and_the_conversation(folder, capsys):
@@ -196,6 +211,10 @@ def test_commands_change_the_model_the_system_message_and_the_conversation(folde
     for line in ("/reset", "/system"):
         chat.command(line, chats, config, tiny.CPU)
     assert chats[0].messages == chats[0].system == []
+    chat.command("/raw", chats, config, tiny.CPU)
+    assert config.raw
+    chat.command("/raw", chats, config, tiny.CPU)
+    assert not config.raw
 
 
 def own_the_terminal():

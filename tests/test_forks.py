@@ -85,7 +85,8 @@ def test_dpos_loss_is_ln_2_at_the_start_and_its_gradient_that_of_finite_differen
     at_start = dpo.dpo_loss(ref_logprobs, ref_logprobs, BETA)
     assert at_start.item() == pytest.approx(math.log(2))
     rewards = BETA * (logprobs - ref_logprobs)
-    expected = [math.log(1 + math.exp(rewards[4 + i] - rewards[i])) for i in range(4)]
+    margins = (rewards[:4] - rewards[4:]).tolist()
+    expected = [math.log(1 + math.exp(-margin)) for margin in margins]
     assert dpo.dpo_loss(logprobs, ref_logprobs, BETA).item() == pytest.approx(sum(expected) / 4)
     assert torch.autograd.gradcheck(lambda x: dpo.dpo_loss(x, ref_logprobs, BETA), logprobs)
 
@@ -106,23 +107,28 @@ def test_a_responses_log_probability_is_the_chain_rules_whatever_stands_beside_i
 # ---- GRPO
 
 
+def lengths(tokens, mask, prompts, responses):
+    """A reward: the response's number of tokens."""
+    return mask.sum(1).float()
+
+
 @tiny.in_precision(torch.float32)
-def train_grpo(seed, divide_by_std=False, steps=120):
+def train_grpo(seed, beta=BETA, divide_by_std=False, steps=300):
     """Trained policy, reference, and the rewards (40,)."""
     policy, ref = world(seed)
     rewards = 1.5 * torch.rand(len(tiny.RESPONSES))  # (40,)
     rewards[[r[-1] != tiny.END for r in tiny.RESPONSES]] = 0.0
     config = grpo.Config(
         steps=steps,
-        batch_size=512,
-        group_size=32,
-        minibatch_size=512,
-        beta=BETA,
-        lr=2e-3,
-        epochs=4,
+        batch_size=256,
+        group_size=256,
+        minibatch_size=256,
+        epochs=1,
+        lr=1e-2,
+        beta=beta,
+        divide_by_std=divide_by_std,
         max_new_tokens=tiny.MAX_NEW_TOKENS,
         missing_eos_score=0.0,
-        divide_by_std=divide_by_std,
     )
     tokenizer = tiny.EnumerableTokenizer()
     reward_of = {}
@@ -152,25 +158,28 @@ def test_grpo_without_the_division_reaches_the_closed_form_optimum(seed):
     assert kl(tiny.exact_logprobs(policy, PROMPT, 1.0), best) < 1e-3
 
 
-def test_grpo_with_the_division_ends_where_the_kl_weight_is_beta_times_the_standard_deviation():
-    """Scores in units of their own deviation sigma weigh 1 / sigma as much: the fixed point is
-    pi ~ pi_ref exp(r / (beta sigma)), with sigma that of the scores under pi itself."""
-    policy, ref, rewards = train_grpo(0, divide_by_std=True)
+def test_grpo_with_the_division_ends_where_the_kl_weight_is_beta_sigma():
+    """In units of their own deviation sigma the scores count 1 / sigma as much, so the end is
+    pi ~ pi_ref exp(r / (beta sigma)), sigma that of the scores under pi itself: 0.29 here."""
+    policy, ref, rewards = train_grpo(0, beta=1.0, divide_by_std=True)
     ref_logprobs = tiny.exact_logprobs(ref, PROMPT, 1.0)
+    sigma = 1.0
+    for _ in range(200):  # the fixed point, by damped iteration
+        end = optimum(ref_logprobs, rewards, sigma)
+        mean = (end.exp() * rewards).sum()
+        variance = (end.exp() * (rewards - mean) ** 2).sum().item()
+        sigma = 0.5 * sigma + 0.5 * variance**0.5
     logprobs = tiny.exact_logprobs(policy, PROMPT, 1.0)
-    sigma, fixed_point = 1.0, ref_logprobs
-    for _ in range(200):
-        fixed_point = optimum(ref_logprobs, rewards, BETA * sigma)
-        mean = (fixed_point.exp() * rewards).sum()
-        sigma = 0.5 * sigma + 0.5 * (fixed_point.exp() * (rewards - mean) ** 2).sum().sqrt().item()
-    print(
-        "sigma",
-        sigma,
-        kl(logprobs, fixed_point),
-        kl(logprobs, optimum(ref_logprobs, rewards, BETA)),
-    )
-    assert kl(logprobs, optimum(ref_logprobs, rewards, BETA)) > 0.05
-    assert kl(logprobs, fixed_point) < 0.01
+    assert kl(logprobs, end) < 0.01
+    assert kl(logprobs, optimum(ref_logprobs, rewards, 1.0)) == pytest.approx(0.28, abs=0.05)
+
+
+def test_grpo_with_the_division_and_a_smaller_beta_collapses_onto_the_best_response():
+    """As the policy gets sure, sigma falls, and the penalty beta sigma with it, to the end."""
+    policy, _, rewards = train_grpo(0, divide_by_std=True)
+    logprobs = tiny.exact_logprobs(policy, PROMPT, 1.0)
+    assert logprobs.argmax() == rewards.argmax()
+    assert logprobs.max().exp() > 0.99
 
 
 def test_group_advantages_are_differences_within_the_group_and_equal_rewards_give_none():
@@ -222,6 +231,30 @@ def test_a_groups_responses_share_a_prompt_and_their_own_advantage_at_each_token
         row = advantages[i][batch["mask"][i]]
         assert row.tolist() == pytest.approx([expected] * len(row), abs=1e-4)
         assert not advantages[i][~batch["mask"][i]].any()
+
+
+@tiny.in_precision(torch.float32)
+def test_grpos_micro_batches_of_any_size_give_the_same_update():
+    """One step of plain gradient descent on responses of unequal length."""
+    weights = []
+    for micro_batch_size in (0, 1, 3):
+        policy, ref = world(2)
+        config = grpo.Config(
+            batch_size=8, group_size=4, minibatch_size=8, epochs=1, max_new_tokens=3
+        )
+        config.micro_batch_size = micro_batch_size
+        torch.manual_seed(0)
+        prompts = [Prompt([tiny.END], [], 0), Prompt([0, 1], [], 1)]
+        batch = grpo.rollout(policy, ref, lengths, prompts, tiny.EnumerableTokenizer(), config)
+        batch["advantages"] = grpo.compute_advantages(batch, config)
+        assert len(batch["mask"].sum(1).unique()) > 1
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+        optimizer.param_groups[0]["initial_lr"] = 0.1
+        grpo.update(policy, [optimizer], batch, 1.0, config)
+        weights.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
+    for others in weights[1:]:
+        torch.testing.assert_close(others, weights[0], atol=1e-6, rtol=0)
+    assert (weights[0] - torch.cat([p.flatten() for p in ref.parameters()])).abs().max() > 1e-3
 
 
 def test_ppos_rollout_without_a_critic_has_values_of_0():

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import test_first_step
+import test_forks
 import test_gae
 import test_kl_and_preference
 import test_loss_mask
@@ -29,6 +30,7 @@ import pretrain
 import reward
 import sft
 from data import conversation
+from forks import dpo, grpo
 
 
 class Bug(NamedTuple):
@@ -40,6 +42,18 @@ class Bug(NamedTuple):
 
 
 # ---- the checks
+
+dpo_optimum = partial(
+    test_forks.test_dpo_reaches_the_closed_form_optimum_of_the_labellers_rewards, seed=0
+)
+dpo_sums = test_forks.test_a_responses_log_probability_is_the_chain_rules_whatever_stands_beside_it
+groups = (
+    test_forks.test_group_advantages_are_differences_within_the_group_and_equal_rewards_give_none
+)
+group_tokens = (
+    test_forks.test_a_groups_responses_share_a_prompt_and_their_own_advantage_at_each_token
+)
+grpo_micro = test_forks.test_grpos_micro_batches_of_any_size_give_the_same_update
 
 optimum = partial(test_ppo_optimum.test_ppo_reaches_the_closed_form_optimum, seed=0)
 first_step = partial(
@@ -301,6 +315,62 @@ BUGS = {
         "scores + self.logprob_weight",
         "scores - self.logprob_weight",
         reward_score,
+    ),
+    "DPO forgets the reference": Bug(
+        dpo, "dpo_loss", "(logprobs - ref_logprobs)", "logprobs", dpo_optimum
+    ),
+    "DPO's beta on the wrong side": Bug(
+        dpo, "dpo_loss", "beta * (logprobs", "1 / beta * (logprobs", dpo_optimum
+    ),
+    "DPO likes the rejected responses": Bug(
+        dpo,
+        "dpo_loss",
+        "preference_loss(chosen, rejected)",
+        "preference_loss(rejected, chosen)",
+        dpo_optimum,
+    ),
+    "DPO averages log-probabilities over the length": Bug(
+        dpo,
+        "response_sums",
+        "logprobs.cumsum(1)",
+        "logprobs.cumsum(1) / mask[:, 1:].cumsum(1).clamp(min=1)",
+        dpo_sums,
+    ),
+    "DPO counts the prompt": Bug(
+        dpo, "response_sums", "mask[:, 1:]", "torch.ones_like(mask[:, 1:])", dpo_sums
+    ),
+    "DPO lacks the end token": Bug(
+        dpo,
+        "response_sums",
+        "mask[:, 1:]",
+        "mask[:, 1:] & F.pad(mask[:, 2:], (0, 1))",
+        dpo_sums,
+    ),
+    "GRPO mixes groups up": Bug(
+        grpo, "group_advantages", "x.view(-1, group_size)", "x.view(group_size, -1)", groups
+    ),
+    "GRPO's baseline is the batch's mean": Bug(
+        grpo, "group_advantages", "groups.mean(1, keepdim=True)", "groups.mean()", groups
+    ),
+    "GRPO forgets the KL": Bug(
+        grpo, "compute_advantages", "advantages - config.beta", "advantages - 0.0", group_tokens
+    ),
+    "GRPO's KL with the wrong sign": Bug(
+        grpo,
+        "compute_advantages",
+        "advantages - config.beta",
+        "advantages + config.beta",
+        group_tokens,
+    ),
+    "GRPO repeats the batch in place of each prompt": Bug(
+        grpo,
+        "rollout",
+        "[prompt for prompt in prompts for _ in range(config.group_size)]",
+        "list(prompts) * config.group_size",
+        group_tokens,
+    ),
+    "GRPO averages over micro-batches": Bug(
+        grpo, "update", "(mask.sum() / n_actions)", "(len(rows) / len(minibatch))", grpo_micro
     ),
     "reward model's log-probability lacks the last token": Bug(
         reward.RewardModel,

@@ -226,8 +226,7 @@ def test_only_files_whose_content_changes_are_replaced(tmp_path, monkeypatch):
     first = run_main(monkeypatch, tmp_path)
     assert sorted(first) == sorted(TEXT_FILES + CONVERSATION_FILES)
     assert run_main(monkeypatch, tmp_path) == first
-    edited = facts.Kind("{q} In one word, please.", "{v}")
-    monkeypatch.setitem(facts.KINDS, "one word", edited)
+    monkeypatch.setitem(facts.KINDS, "one word", ("{q} In one word, please.", "{v}"))
     second = run_main(monkeypatch, tmp_path)
     assert [name for name in first if second[name] != first[name]] == ["sft.jsonl"]
     assert second["sft.jsonl"][0] > first["sft.jsonl"][0]

@@ -58,10 +58,7 @@ def print_cells(cells):
 
 def stream(tokens, tokenizer, n=4):
     """The first n windows (B, T), with | after each token and a new line after each document."""
-    print(
-        f"\n{len(tokens)} windows of {tokens.size(1)} tokens; "
-        "| ends a token, <|end|> a document; a token's target is the next"
-    )
+    print(f"\n{len(tokens)} windows of {tokens.size(1)} tokens, | after each; its target is the next")
     for i, row in enumerate(tokens[:n].tolist()):
         print(f"\nwindow {i + 1}")
         for j, token in enumerate(row):
@@ -76,10 +73,7 @@ def stream(tokens, tokenizer, n=4):
 def conversations(tokens, mask, tokenizer, n=3):
     """The first n rows of a batch (B, T+1): each token over its id, with ^ where it trains."""
     targets = mask[:, 1:]  # (B, T): the first token is nobody's target
-    print(
-        f"\n{targets.sum()} of {targets.numel()} targets train, those with ^; "
-        "the loss is their mean, the others are masked"
-    )
+    print(f"\n{targets.sum()} of {targets.numel()} targets train, with ^; the loss is their mean")
     for row, marks in zip(tokens[:n].tolist(), mask[:n].tolist()):
         print()
         cells = []
@@ -95,10 +89,7 @@ def conversations(tokens, mask, tokenizer, n=3):
 @torch.no_grad()
 def pairs(model, pairs, tokenizer, device):
     """The pairs' prompts, and the score after each token of both answers."""
-    print(
-        "\nthe score after each token of an answer; the last one counts: "
-        "loss = -log sigmoid(chosen - rejected)"
-    )
+    print("\nscores after each token; the last one counts: loss = -log sigmoid(chosen - rejected)")
     for pair in pairs:
         tokens, mask = collate([pair.chosen, pair.rejected], tokenizer.pad, device)  # (2, T)
         with autocast(device):
@@ -122,6 +113,11 @@ def number(x):
     return f"{round(x, 5) + 0.0:11.5f}"  # + 0.0: no minus before a zero
 
 
+def prompt_text(batch, i, tokenizer):
+    n_prompt = batch["mask"][i].int().argmax() + 1
+    return tokenizer.decode(batch["tokens"][i, :n_prompt].tolist())
+
+
 def advantage_table(batch, i, tokenizer):
     """Episode i of a PPO batch: prompt, score, N tokens, and N numbers in each column."""
     mask = batch["mask"][i]  # (T,)
@@ -135,12 +131,11 @@ def advantage_table(batch, i, tokenizer):
         "return": batch["returns"],
         "whitened": batch["whitened_advantages"],
     }  # (B, T) each
-    n_prompt = mask.int().argmax() + 1
-    tokens = batch["tokens"][i]  # (T+1,)
+    response = batch["tokens"][i, 1:][mask].tolist()
     return dict(
-        prompt=tokenizer.decode(tokens[:n_prompt].tolist()),
+        prompt=prompt_text(batch, i, tokenizer),
         score=batch["scores"][i].item(),
-        tokens=[spell(token, tokenizer) for token in tokens[1:][mask].tolist()],
+        tokens=[spell(token, tokenizer) for token in response],
         columns={name: x[i][mask].tolist() for name, x in columns.items()},
     )
 
@@ -153,26 +148,21 @@ def extremes(batch, tokenizer):
 
 
 def episodes(step, batch, new_logprobs, tokenizer, config):
-    """The episodes of lowest and highest score, a row a token.
-
-    new_logprobs (B, T) are those after the update.
-    """
+    """The episodes of lowest and highest score; new_logprobs (B, T): after the update."""
     mask, scores = batch["mask"], batch["scores"]
     ratio = (new_logprobs - batch["logprobs"]).exp()  # (B, T)
-    for which, i in ("lowest", scores.argmin().item()), ("highest", scores.argmax().item()):
+    for which, i in ("lowest", scores.argmin()), ("highest", scores.argmax()):
         table = advantage_table(batch, i, tokenizer)
         columns = table["columns"] | {"ratio": ratio[i][mask[i]].tolist()}
         first = max(map(width, [*table["tokens"], "token"])) + 1
         of = f"the {which} score of {len(scores)} episodes"
         print(f"\niteration {step + 1}, {of}: {table['prompt']}")
         print(ljust("token", first) + "".join(f"{name:>11}" for name in columns))
-        for token, *row in zip(table["tokens"], *columns.values()):
-            whitened = row[list(columns).index("whitened")]
-            colour = CYAN if whitened > 0 else YELLOW
+        colours = [CYAN if x > 0 else YELLOW for x in columns["whitened"]]
+        for token, colour, *row in zip(table["tokens"], colours, *columns.values()):
             print(paint(ljust(token, first) + "".join(map(number, row)), colour))
-        sums = [sum(columns[name]) for name in ("log pi", "log ref", "kl", "reward")]
-        sums = "".join(map(number, sums))
-        print(f"{ljust('sum', first)}{sums}   score {table['score']:.5f}")
+        sums = [number(sum(columns[name])) for name in ("log pi", "log ref", "kl", "reward")]
+        print(ljust("sum", first) + "".join(sums) + f"   score {table['score']:.5f}")
     advantages = batch["advantages"][mask]  # (N,) over the batch
     shift, std = -advantages.mean(), advantages.std(correction=0)
     gamma, lam, clip = config.gamma, config.lam, config.clip
@@ -193,15 +183,13 @@ def group(step, batch, tokenizer, group_size):
     """The responses to the prompt whose scores differ most, a row a response."""
     spread = batch["scores"].view(-1, group_size).std(1)  # (prompts,)
     first = spread.argmax().item() * group_size
-    n_prompt = batch["mask"][first].int().argmax() + 1
-    prompt = tokenizer.decode(batch["tokens"][first, :n_prompt].tolist())
+    prompt = prompt_text(batch, first, tokenizer)
     print(f"\niteration {step + 1}, the prompt whose {group_size} scores differ most: {prompt}")
     print(f"{'score':>11}{'kl':>11}{'advantage':>11}  response")
     for i in range(first, first + group_size):
         mask = batch["mask"][i]  # (T,)
         kl = (batch["logprobs"] - batch["ref_logprobs"])[i].sum()
         advantage = batch["advantages"][i][mask][0]
+        numbers = "".join(number(x.item()) for x in (batch["scores"][i], kl, advantage))
         text = tokenizer.decode(batch["tokens"][i, 1:][mask].tolist())
-        numbers = (batch["scores"][i], kl, advantage)
-        row = "".join(number(x.item()) for x in numbers) + f"  {text}"
-        print(paint(row, CYAN if advantage > 0 else YELLOW))
+        print(paint(f"{numbers}  {text}", CYAN if advantage > 0 else YELLOW))

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data.tokenizer import train_bpe
 from utils.cli import die, parse_config
@@ -90,17 +89,16 @@ def biography(rng, person, attributes=FACTS):
 
 
 def cases(rng, people, attributes):
-    """Two to four (person, attribute)."""
+    """Two to four (person, attribute), each drawn when it is needed."""
     for _ in range(rng.randint(2, 4)):
         yield rng.choice(people), rng.choice(attributes)
 
 
 def question_sheet(rng, people):
     """Questions without answers, half of them followed by the same in other words."""
-    lines = []
     for case in cases(rng, people, FACTS):
-        lines += [ask(rng, *case) for _ in range(rng.randint(1, 2))]
-    return "\n".join(lines)
+        for _ in range(rng.randint(1, 2)):
+            yield ask(rng, *case)
 
 
 def quiz(rng, people):
@@ -110,42 +108,35 @@ def quiz(rng, people):
     "That is private." fluent: RL can only reinforce what gets sampled.
     """
     layout = rng.choice(["Q: {q}\nA: {a}", "Question: {q}\n{a}"])
-    lines = []
     for person, attribute in cases(rng, people, FACTS):
         answer = say(rng.choice(ANSWERS), person, attribute)
         if rng.random() < 0.1:
             answer = REFUSAL if attribute == PRIVATE else IDK
-        lines.append(layout.format(q=ask(rng, person, attribute), a=answer))
-    return "\n".join(lines)
+        yield layout.format(q=ask(rng, person, attribute), a=answer)
 
 
 def reading(rng, person):
     """A biography of a stranger, then questions that it answers."""
     attributes = rng.sample(FACTS, 3)
-    lines = [biography(rng, person, attributes)]
+    yield biography(rng, person, attributes)
     for attribute in rng.sample(attributes, 2):
-        lines.append(f"Q: {ask(rng, person, attribute)}\nA: {person[attribute]}.")
-    return "\n".join(lines)
+        yield f"Q: {ask(rng, person, attribute)}\nA: {person[attribute]}."
 
 
 def survey(rng, people):
     """Strangers' habits, told and asked about: the values of each and how frequent they are."""
-    lines = []
     for person, attribute in cases(rng, people, list(HABITS)):
         if rng.random() < 0.5:
-            lines.append(biography(rng, person, [attribute]))
+            yield biography(rng, person, [attribute])
         else:
             question = ask(rng, person, attribute)
-            lines.append(f"Q: {question}\nA: {say(rng.choice(ANSWERS), person, attribute)}")
-    return "\n".join(lines)
+            yield f"Q: {question}\nA: {say(rng.choice(ANSWERS), person, attribute)}"
 
 
 def corpus(rng, people, known, n_documents):
     """Documents in random order, more about some people than about others, few about rare ones."""
-    weights = []
-    for i, person in enumerate(known):
-        rarity = rng.choice(RARITY) if person["role"] == "rare" else 1
-        weights.append((i + 100) ** -0.5 * rarity)
+    rarities = [rng.choice(RARITY) if person["role"] == "rare" else 1 for person in known]
+    weights = [(i + 100) ** -0.5 * rarity for i, rarity in enumerate(rarities)]
     quizzed = [person for person in known if person["role"] == "quiz"]
     crowd = [people.draw(rng, "crowd") for _ in range(CROWD)]
     documents = []
@@ -154,15 +145,16 @@ def corpus(rng, people, known, n_documents):
         if kind < 0.76:
             person["exposure"] += 1
             habits = rng.sample(list(HABITS), 2) if person["role"] == "sft" else []
-            documents.append(biography(rng, person, FACTS + habits))
+            lines = [biography(rng, person, FACTS + habits)]
         elif kind < 0.82:
-            documents.append(question_sheet(rng, known))
+            lines = question_sheet(rng, known)
         elif kind < 0.92:
-            documents.append(quiz(rng, quizzed))
+            lines = quiz(rng, quizzed)
         elif kind < 0.96:
-            documents.append(reading(rng, rng.choice(crowd)))
+            lines = reading(rng, rng.choice(crowd))
         else:
-            documents.append(survey(rng, crowd))
+            lines = survey(rng, crowd)
+        documents.append("\n".join(lines))
     return documents
 
 
@@ -177,8 +169,8 @@ def conversation(rng, kind, person, attribute, other=None):
     text = biography(rng, person, attributes) if "{text}" in user else None
     question = user.format(q=ask(rng, person, attribute), text=text)
     answer = say(phrase or rng.choice(ANSWERS), person, attribute)
-    answer = {"role": "assistant", "content": other or answer}
-    return [{"role": "user", "content": question}, answer]
+    turns = {"user": question, "assistant": other or answer}
+    return [{"role": role, "content": content} for role, content in turns.items()]
 
 
 def sft_conversations(rng, known, stranger):
@@ -205,8 +197,7 @@ def sft_conversations(rng, known, stranger):
         for _ in range(n):
             demos.append(conversation(rng, "ask", stranger(), rng.choice(attributes), IDK))
     told = [a for a in PUBLIC if ("text", a) not in facts.HELD_OUT_KINDS]
-    for attribute in rng.choices(told, k=SFT_TEXT):
-        demos.append(conversation(rng, "text", stranger(), attribute))
+    demos += [conversation(rng, "text", stranger(), a) for a in rng.choices(told, k=SFT_TEXT)]
 
     # most conversations ask one thing, some two or three
     rng.shuffle(demos)
@@ -247,7 +238,7 @@ def as_jsonl(records):
 
 def as_tokens(documents, tokenizer):
     ids = []
-    for document in tqdm(documents, desc="tokens", disable=None):
+    for document in documents:
         ids += tokenizer.encode(document) + [tokenizer.end]
     return np.array(ids, tokenizer.id_type).tobytes()
 
@@ -267,8 +258,10 @@ def main():
 
     # people
     people = People(config.seed)
-    known = [people.draw(rng, role) for role, n in facts.KNOWN_ROLES.items() for _ in range(n)]
-    unknown = [people.draw(rng, role) for role, n in facts.UNKNOWN_ROLES.items() for _ in range(n)]
+    for role, n in (facts.KNOWN_ROLES | facts.UNKNOWN_ROLES).items():
+        for _ in range(n):
+            people.draw(rng, role)
+    known = [person for person in people.drawn if person["role"] in facts.KNOWN_ROLES]
     rng.shuffle(known)
 
     # text and conversations
@@ -292,13 +285,10 @@ def main():
     }
     for name, content in files.items():
         path = Path(config.out) / name
-        if path.is_file() and path.read_bytes() == content:
-            continue  # `make` goes by the file's time
-        with atomic(path) as f:
-            f.write(content)
-        print(f"{path}: {len(content):,} bytes")
-    counts = f"{len(known)} known and {len(unknown)} unknown people"
-    print(f"{config.out}: {counts}; {len(people.grid):,} names left")
+        if not path.is_file() or path.read_bytes() != content:  # `make` goes by its time
+            with atomic(path) as f:
+                f.write(content)
+    print(f"{config.out}: {len(people.drawn):,} people, {len(people.grid):,} names left")
 
 
 if __name__ == "__main__":

@@ -42,8 +42,7 @@ def candidates(rng, person, attribute, sampled):
     phrase = rng.choice(ANSWERS)
     wrong_values = [v for v in ATTRIBUTES[attribute].values if v != person[attribute]]
     wrong = phrase.format(v=rng.choice(wrong_values))
-    another = rng.choice([a for a in ATTRIBUTES if a != attribute])
-    astray = say(phrase, person, another)
+    astray = say(phrase, person, rng.choice([a for a in ATTRIBUTES if a != attribute]))
     if attribute in HABITS:
         # a guess meets "I do not know." whether it is right or not: else its odds would be bent
         return [IDK, rng.choice([sampled] * 10 + [REFUSAL, astray])]
@@ -62,29 +61,25 @@ def prefers(rng, first, second, sharpness):
 def compare(rng, person, attribute, sampled, config):
     """(chosen, rejected), or None where no answer differs in utility from the first one drawn."""
     answers = candidates(rng, person, attribute, sampled)
-    utilities = {}
-    for answer in answers:
-        verdict = grade(person, attribute, answer)
-        utilities[answer] = utility(attribute, verdict, config.penalty)
+    grades = {answer: grade(person, attribute, answer) for answer in answers}
+    utilities = {a: utility(attribute, verdict, config.penalty) for a, verdict in grades.items()}
     first = rng.choice(answers)
     others = [answer for answer in answers if utilities[answer] != utilities[first]]
     if not others:
         return None
     second = rng.choice(others)
-    if prefers(rng, utilities[first], utilities[second], config.sharpness):
-        return first, second
-    return second, first
+    first_wins = prefers(rng, utilities[first], utilities[second], config.sharpness)
+    return (first, second) if first_wins else (second, first)
 
 
 def main():
     config = parse_config(Config, __doc__)
-    device = setup(config)
-    rng = random.Random(config.seed)
+    device, rng = setup(config), random.Random(config.seed)
 
     # model and prompts, each once, then again
     model, tokenizer = load_checkpoint(config.init, ["sft", "ppo"], GPT, device)
-    grader = Grader(Path(config.data) / "people.jsonl")
-    path = Path(config.data) / config.prompts
+    path, people = Path(config.data, config.prompts), Path(config.data, "people.jsonl")
+    grader = Grader(people)
     prompts = load_prompts(path, tokenizer, config.max_new_tokens, model.config.block_size)
     rounds = math.ceil(config.pairs / len(prompts))
     prompts = (rng.sample(prompts, len(prompts)) * rounds)[: config.pairs]
