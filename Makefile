@@ -48,7 +48,8 @@ out/world/made: $(WORLD) | $(VENV)/ready
 	touch $@
 
 out/world/train.bin out/world/sft.jsonl out/world/prompts.jsonl out/world/people.jsonl: \
-		out/world/made ;
+		out/world/made
+	@test -e $@ || $(RUN) -m world.generate
 
 out/base.pt: out/world/train.bin pretrain.py $(TRAIN) | $(VENV)/ready
 	$(RUN) pretrain.py
@@ -68,8 +69,8 @@ out/ppo.pt: out/reward.pt out/sft.pt out/world/prompts.jsonl ppo.py reward.py \
 	$(RUN) ppo.py
 
 out/report.md: out/ppo.pt out/reward.pt out/sft.pt out/base.pt out/world/people.jsonl \
-		lab/report.py lab/measure.py lab/plots.py lab/claims.py lab/controls.py \
-		reward.py world/generate.py $(GRADE) $(TRAIN) | $(VENV)/ready
+		lab/report.py lab/measure.py lab/plots.py world/generate.py $(GRADE) train/batches.py $(LOAD) \
+		| $(VENV)/ready
 	$(RUN) -m lab.report $(CHECK)
 
 test: $(VENV)/ready-test

@@ -5,14 +5,14 @@
 
 Their tokens keep their ids. Appended are this project's special tokens and the single bytes that a
 vocabulary lacks (SmolLM2's lacks 21, and loses them from text). Rows beyond the tokenizer's ids are
-padding and left out. Text is encoded as it is: a token that some tokenizers put before every text
-(Llama 3's <|begin_of_text|>) is not added here.
+left out. No text begins with a token of its own here, as with Llama 3's <|begin_of_text|>.
 """
 
 import contextlib
 import json
 import math
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,9 +23,9 @@ import torch
 
 from data.tokenizer import BPE_PATTERN, BYTES, NORMAL_FORMS, SPECIAL_TOKENS, Tokenizer
 from model import GPT, GPTConfig
-from train.checkpoint import load_checkpoint, save_checkpoint
+from train.checkpoint import LANGUAGE_MODELS, load_checkpoint, save_checkpoint
 from utils.cli import die, parse_config
-from utils.files import read_json, write_text
+from utils.files import read_json, write_text, writing
 
 # Names of our config's fields and of our weights in their files.
 SIZES = {
@@ -42,14 +42,14 @@ SIZES = {
     "tied": "tie_word_embeddings",
 }
 WEIGHTS = {
-    "embed.": "model.embed_tokens.",
-    "blocks.": "model.layers.",
-    ".attn.": ".self_attn.",
-    ".attn_norm.": ".input_layernorm.",
-    ".mlp_norm.": ".post_attention_layernorm.",
+    r"^embed\.": "model.embed_tokens.",
+    r"^blocks\.": "model.layers.",
+    r"^norm\.": "model.norm.",
+    r"\.attn\.": ".self_attn.",
+    r"\.attn_norm\.": ".input_layernorm.",
+    r"\.mlp_norm\.": ".post_attention_layernorm.",
 }
-# GPT-2 writes each byte as a visible character: the 188 printable ones as they are, the others
-# from U+0100 on.
+# GPT-2 writes a byte as a visible character: 188 printable ones as they are, others from U+0100 on.
 BYTE_CHARS = {b: chr(b) if i < 188 else chr(0x100 + i - 188) for i, b in enumerate(BYTES)}
 CHAR_BYTES = {c: b for b, c in BYTE_CHARS.items()}
 # SmolLM2 first cuts single digits out, then applies GPT-2's split between them: white space before
@@ -81,10 +81,11 @@ class Config:
 @contextlib.contextmanager
 def reading(path):
     """Around the parsing of a file of theirs: unexpected content ends the program in one line."""
+    wrong_content = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError) as e:
-        die(f"{path}: not as transformers writes it ({e!r:.150}); download it again")
+    except (*wrong_content, MemoryError, RuntimeError) as e:
+        die(f"{path}: cannot be used ({e!r:.150}); download it again, or use another model")
 
 
 def find_unsupported(theirs, rope):
@@ -123,7 +124,7 @@ def read_config(path, block_size=0):
     theirs = assumed | theirs | rope
     sizes = {name: theirs[key] for name, key in SIZES.items()}
     block_size = block_size or sizes["block_size"]
-    sizes["block_size"] = max(8, block_size // 8 * 8)  # later stages pad to multiples of 8
+    sizes["block_size"] = block_size // 8 * 8  # later stages pad to multiples of 8
     return GPTConfig(**sizes, qk_norm=is_qwen3)
 
 
@@ -179,7 +180,7 @@ def read_added_tokens(path, added):
     texts = [token["content"] for token in of_text]
     strips = any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in of_text)
     if strips or any(a != b and b.startswith(a) for a in texts for b in texts):
-        die(f"{path}: added tokens strip white space or begin alike, which tiktoken does not do")
+        die(f"{path}: added tokens strip white space or begin alike; tiktoken does neither")
     return {token["content"]: token["id"] for token in added}, texts
 
 
@@ -194,18 +195,15 @@ def read_ranks(path, bpe, specials):
     try:
         ranks = {to_bytes(word): id for id, word in words}
         merges = [tuple(map(to_bytes, pair)) for pair in merges]
-        same = follows_ranks(merges, ranks, bpe.get("ignore_merges"))
     except KeyError as e:
-        die(f"{path}: {e} is no byte-level character or token; not a byte-level BPE")
-    if not same:
+        die(f"{path}: {e} is no byte-level character; only a byte-level BPE is supported")
+    if not follows_ranks(merges, ranks, bpe.get("ignore_merges")):
         die(f"{path}: merging by lowest id, as tiktoken does, differs from its merges; unsupported")
     return ranks
 
 
 def read_tokenizer(path):
     """(Tokenizer, number of ids the file had) of a tokenizer.json that holds a byte-level BPE."""
-    if not path.exists():
-        die(f"{path}: no such file; if it is a BPE, AutoTokenizer's save_pretrained writes it")
     content = read_json(path)
     bpe = content["model"]
     pattern = read_pattern(content.get("pre_tokenizer"))
@@ -213,15 +211,14 @@ def read_tokenizer(path):
     extras = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     is_plain = bpe["type"] == "BPE" and not any(bpe.get(extra) for extra in extras)
     if not is_plain or not pattern or form not in NORMAL_FORMS:
-        like = "as GPT-2, Llama 3, Qwen3 and SmolLM2 have"
-        die(f"{path}: not a byte-level BPE with one splitting pattern ({like})")
+        die(f"{path}: not a byte-level BPE with one splitting pattern, as GPT-2 or Qwen3 have")
 
     # their ids
     specials, texts = read_added_tokens(path, content["added_tokens"])
     ranks = read_ranks(path, bpe, specials)
     ids = sorted([*ranks.values(), *specials.values()])
     if ids != list(range(len(ids))):
-        die(f"{path}: the ids are not 0 .. {len(ids) - 1}, each once")
+        die(f"{path}: the ids are not 0 .. {len(ids) - 1}, each once; download it again")
 
     # ours after them
     for b in BYTES:
@@ -238,8 +235,8 @@ def read_tokenizer(path):
 def hf_name(name):
     """Their name of our weight."""
     for ours, theirs in WEIGHTS.items():
-        name = name.replace(ours, theirs)
-    return "model.norm.weight" if name == "norm.weight" else name
+        name = re.sub(ours, theirs, name)
+    return name
 
 
 def read_weights(folder):
@@ -251,10 +248,8 @@ def read_weights(folder):
     for path in (folder / shard for shard in shards):
         try:
             weights |= safetensors.torch.load_file(path)
-        except FileNotFoundError:
-            die(f"{path}: no such file; weights must be safetensors (a pickled .bin can run code)")
         except (safetensors.SafetensorError, OSError) as e:
-            die(f"{path}: not readable as safetensors ({e}); download the file again")
+            die(f"{path}: not safetensors ({e}); download it (a pickled .bin could run code)")
     return {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
@@ -275,30 +270,25 @@ def fill(model, folder, weights, n_kept, generator):
         if name in ("embed.weight", "lm_head.weight") and tensor.dim() == 2:
             tensor = grow(tensor, n_kept, parameter.size(0), generator)
         if tensor.shape != parameter.shape:
-            shapes = list(tensor.shape), list(parameter.shape)
-            die(f"{folder}: {theirs} is {shapes[0]} or missing; config.json says {shapes[1]}")
+            die(f"{folder}: {theirs} is {[*tensor.shape]}, config.json says {[*parameter.shape]}")
         parameter.data.copy_(tensor)
     if weights:
-        names = ", ".join(sorted(weights)[:3])
-        die(f"{folder}: weights that the model has no place for: {names}")
+        die(f"{folder}: model.py has no place for the weights {', '.join(sorted(weights)[:3])}")
 
 
 def from_hf(folder, config):
     """(model, tokenizer) of a Hugging Face folder, in float32."""
-    if not (folder / "config.json").exists():
-        die(f"{folder}: has no config.json; give the folder of a downloaded model")
-    with reading(folder / "config.json"):
-        sizes = read_config(folder / "config.json", config.block_size)
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).exists():
+            die(f"{folder / name}: no such file; transformers' save_pretrained writes it")
     with reading(folder / "tokenizer.json"):
         tokenizer, n_kept = read_tokenizer(folder / "tokenizer.json")
-    if n_kept > sizes.vocab_size:
-        both = f"the tokenizer has {n_kept} ids, the model {sizes.vocab_size} rows"
-        die(f"{folder}: {both}; they are not of one model")
-    sizes.vocab_size = tokenizer.vocab_size
-    try:
+    with reading(folder / "config.json"):
+        sizes = read_config(folder / "config.json", config.block_size)
+        if n_kept > sizes.vocab_size:
+            die(f"{folder}: {n_kept} ids in tokenizer.json, fewer in config.json; use one model's")
+        sizes.vocab_size = tokenizer.vocab_size
         model = GPT(sizes)
-    except (RuntimeError, TypeError) as e:
-        die(f"{folder}: no model of these sizes can be made here ({str(e).splitlines()[0]})")
     with reading(folder / "model.safetensors.index.json"):
         weights = read_weights(folder)
     fill(model, folder, weights, n_kept, torch.Generator().manual_seed(config.seed))
@@ -308,16 +298,12 @@ def from_hf(folder, config):
 # ---- ours -> theirs
 
 
-def token_ids(tokenizer):
-    return dict(bos_token_id=None, eos_token_id=tokenizer.end, pad_token_id=tokenizer.pad)
-
-
-def config_json(config, tokenizer):
+def config_json(config):
     family = "Qwen3" if config.qk_norm else "Llama"
-    classes = [f"{family}ForCausalLM"]
-    kind = dict(architectures=classes, model_type=family.lower(), torch_dtype="float32")
+    kind = dict(architectures=[f"{family}ForCausalLM"], model_type=family.lower())
+    kind["torch_dtype"] = "float32"
     sizes = {key: getattr(config, name) for name, key in SIZES.items()}
-    return kind | sizes | dict(hidden_act="silu", attention_bias=False) | token_ids(tokenizer)
+    return kind | sizes | dict(hidden_act="silu", attention_bias=False)
 
 
 def bpe_json(tokenizer):
@@ -364,14 +350,13 @@ def tokenizer_json(tokenizer):
 def atomic_folder(path):
     """A folder to fill that appears as path only when it is complete."""
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.rename(temporary, path)
-    except OSError as e:
-        die(f"{path}: cannot be written ({e.strerror})")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with writing(path):
+        try:
+            temporary.mkdir()
+            yield temporary
+            os.rename(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def to_hf(path, model, tokenizer):
@@ -380,9 +365,10 @@ def to_hf(path, model, tokenizer):
     weights = {hf_name(name): parameter.data for name, parameter in model.named_parameters()}
     for name in weights.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
         weights[name] = weights[name][: tokenizer.vocab_size].clone()  # (V, C), without the padding
+    ids = dict(bos_token_id=None, eos_token_id=tokenizer.end, pad_token_id=tokenizer.pad)
     files = {
-        "config.json": config_json(model.config, tokenizer),
-        "generation_config.json": token_ids(tokenizer),
+        "config.json": config_json(model.config) | ids,
+        "generation_config.json": ids,
         "tokenizer.json": tokenizer_json(tokenizer),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -412,8 +398,7 @@ def main(argv=None):
     else:
         if Path(config.out).exists():
             die(f"{config.out}: exists already; name a new folder")
-        stages = ["base", "sft", "ppo"]
-        model, tokenizer = load_checkpoint(config.from_checkpoint, stages, GPT, "cpu")
+        model, tokenizer = load_checkpoint(config.from_checkpoint, LANGUAGE_MODELS, GPT, "cpu")
         to_hf(Path(config.out), model, tokenizer)
 
 

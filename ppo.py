@@ -1,13 +1,13 @@
 """Stage 3b, PPO: the policy responds, the reward model judges, the policy moves a little.
 
     python ppo.py                       # the default world, against out/reward.pt
-    python ppo.py --show                # print episodes with the advantage of each token, then stop
+    python ppo.py --show                # print episodes token by token, then stop
     python ppo.py --reward my_rewards:brevity --missing_eos_score -20 --out out/brief.pt
 
 --data holds one prompt per line: {"messages": [… ending in a user message]}
 --reward is a reward model's checkpoint, or package.module:function with
     function(prompts, responses) -> list of floats
-where prompts are the last user messages, and whole conversations come as a parameter of that name.
+where prompts are the last user messages. A parameter named conversations gets all messages.
 
 Column t of every tensor (B, T) here is the action "choose token t+1"; tokens are (B, T+1).
     logprobs[:, t] = log pi(tokens[:, t+1] | tokens[:, :t+1])
@@ -45,11 +45,11 @@ class Config:
     reward: str = "out/reward.pt"  # reward model checkpoint, or package.module:function
     data: str = "out/world/prompts.jsonl"  # prompts, one a line
     out: str = "out/ppo.pt"  # checkpoint to write
-    resume: str = ""  # continue an interrupted run; "previous": from the state before the last
+    resume: str = ""  # continue an interrupted run; "previous": from the older state
     steps: int = 80  # iterations of rollout and update
     batch_size: int = 128  # episodes per iteration
     minibatch_size: int = 64  # episodes per optimizer step
-    micro_batch_size: int = 0  # episodes per forward pass of the update; 0: the whole minibatch
+    micro_batch_size: int = 0  # episodes per forward pass of the update; 0: all
     epochs: int = 2  # passes over a rollout; 4 take twice the time and gain nothing here
     max_new_tokens: int = 16  # longest response
     temperature: float = 1.0  # of sampling and of all log-probabilities
@@ -207,13 +207,14 @@ def rollout(policy, ref, critic, score, prompts, tokenizer, config):
         tokens, mask, responses = generate_responses(
             policy, prompt_ids, uniforms, tokenizer, config
         )
-        # not the sampler's log-probabilities: it rounds differently from the training forward
+        # not the sampler's, which rounds differently from the training forward
         logprobs = response_logprobs(policy, tokens, mask, config.temperature)  # (B, T)
         ref_logprobs = response_logprobs(ref, tokens, mask, config.temperature)  # (B, T)
         values = action_values(critic, tokens, mask)  # (B, T)
     texts = [conversation.decode_response(response, tokenizer) for response in responses]
     scores = score(tokens, mask, prompts, texts)  # (B,)
-    ended = torch.tensor([r[-1] == tokenizer.end for r in responses], device=scores.device)  # (B,)
+    ended = [response[-1] == tokenizer.end for response in responses]
+    ended = torch.tensor(ended, device=scores.device)  # (B,)
     scores = scores.where(ended, config.missing_eos_score).clamp(min=config.min_score)
     batch = dict(
         tokens=tokens,
@@ -230,13 +231,13 @@ def rollout(policy, ref, critic, score, prompts, tokenizer, config):
 def rollout_metrics(batch):
     """What to look at in a rollout."""
     mask, scores, logprobs = batch["mask"], batch["scores"], batch["logprobs"]
-    kl = (logprobs - batch["ref_logprobs"]).sum(1)  # (B,): log pi/pi_ref of each response, k1
+    kl = (logprobs - batch["ref_logprobs"]).sum(1)  # (B,), the estimator k1
     variance = scores.var(correction=0) / max(len(scores) - 1, 1)  # of the mean
     return dict(
         score=scores.mean().item(),
         score_se=variance.sqrt().item(),
         kl_ref=kl.mean().item(),  # KL(pi || ref), nats per response
-        entropy=-masked_mean(logprobs, mask).item(),  # of pi, nats per token, from its own samples
+        entropy=-masked_mean(logprobs, mask).item(),  # of pi, nats per token
         length=mask.sum(1).float().mean().item(),  # tokens per response
         missing_eos=1 - batch["ended"].float().mean().item(),  # fraction of the responses
     )
@@ -394,7 +395,9 @@ def main():
         return show_iterations(policy, ref, critic, score, optimizers, batches, tokenizer, config)
 
     # metrics before training; a reward function that fails here costs no earlier log
-    initial = {} if config.resume else validate(policy, ref, critic, score, val, tokenizer, config)
+    initial = {}
+    if not config.resume:
+        initial = validate(policy, ref, critic, score, val, tokenizer, config)
     run = Run(config, config.steps, [policy, critic], optimizers, batches, beta=config.beta)
     if initial:
         run.log(0, **initial)
@@ -402,19 +405,20 @@ def main():
         # rollout
         seed_draws(config, step)
         start = time.time()
-        batch = rollout(policy, ref, critic, score, batches[step], tokenizer, config)
+        with run.sampling(step + 1):
+            batch = rollout(policy, ref, critic, score, batches[step], tokenizer, config)
         metrics = rollout_metrics(batch)
-        rollout_s = time.time() - start
 
         # advantages
         beta = run.state["beta"]
         batch |= compute_advantages(batch, beta, config)
+        metrics["explained_variance"] = explained_variance(batch)
 
         # update
+        updating = time.time()
         factor = lr_factor(step, config.steps, warmup=0)
         metrics |= update(policy, critic, optimizers, batch, factor, config)
         run.watch(metrics["policy_grad_norm"] + metrics["critic_grad_norm"])
-        seconds = time.time() - start
 
         # the KL penalty's weight
         if config.kl_target:
@@ -422,22 +426,17 @@ def main():
             run.state["beta"] = adapt_beta(beta, kl, config.kl_target, config.batch_size)
 
         # log
-        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            run.log(
-                step + 1,
-                **metrics,
-                explained_variance=explained_variance(batch),
-                beta=beta,
-                rollout_s=rollout_s,
-                update_s=seconds - rollout_s,
-                episodes_per_s=config.batch_size / seconds,
-            )
+        if run.is_due(step, config.log_every):
+            seconds = dict(rollout_s=updating - start, update_s=time.time() - updating)
+            speed = config.batch_size / sum(seconds.values())
+            run.log(step + 1, **metrics, beta=beta, **seconds, episodes_per_s=speed)
 
-    # metrics after training, and one more rollout for the report's picture of the advantages
-    if final := validate(policy, ref, critic, score, val, tokenizer, config):
-        run.log(config.steps, **final)
-    seed_draws(config, config.steps)
-    batch = rollout(policy, ref, critic, score, batches[config.steps], tokenizer, config)
+    # metrics after training, and one more rollout for the report's picture
+    with run.sampling(config.steps):
+        if final := validate(policy, ref, critic, score, val, tokenizer, config):
+            run.log(config.steps, **final)
+        seed_draws(config, config.steps)
+        batch = rollout(policy, ref, critic, score, batches[config.steps], tokenizer, config)
     batch |= compute_advantages(batch, run.state["beta"], config)
     episodes = show.extremes(batch, tokenizer)
     save_checkpoint(config.out, "ppo", policy, tokenizer, config, episodes=episodes)

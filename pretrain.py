@@ -35,7 +35,7 @@ from utils.cli import die, parse_config
 class Config:
     data: str = "out/world"  # folder with train.bin, val.bin, tokenizer.tiktoken
     out: str = "out/base.pt"  # checkpoint to write
-    resume: str = ""  # continue an interrupted run; "previous": from the state before the last
+    resume: str = ""  # continue an interrupted run; "previous": from the older state
     steps: int = 3300  # optimizer steps
     batch_size: int = 16  # sequences per step
     micro_batch_size: int = 0  # sequences per forward pass, for small GPUs; 0: all of the batch
@@ -203,18 +203,15 @@ def main():
         if step == 0:
             initial, expected = parallel.all_reduce_sum(loss_sum), math.log(tokenizer.vocab_size)
             print(f"initial loss {initial:.3f}, ln(vocabulary) = {expected:.3f}")
-        last = step + 1 == config.steps
-        if last or (step + 1) % config.eval_every == 0:
+        if run.is_due(step, config.eval_every):
+            metrics = dict(grad_norm=grad_norm.item())
             loss_sum = parallel.all_reduce_sum(torch.stack(losses).sum()).item()
-            tokens_per_s = len(losses) * config.batch_size * T / (time.time() - start)
-            max_windows = None if last else VAL_WINDOWS
-            run.log(
-                step + 1,
-                train_loss=loss_sum / len(losses),
-                val_loss=validate(model, val, T, device, max_windows),
-                grad_norm=grad_norm.item(),
-                tokens_per_s=round(tokens_per_s),
-            )
+            metrics["train_loss"] = loss_sum / len(losses)
+            n_tokens = len(losses) * config.batch_size * T
+            metrics["tokens_per_s"] = round(n_tokens / (time.time() - start))
+            max_windows = None if step + 1 == config.steps else VAL_WINDOWS
+            metrics["val_loss"] = validate(model, val, T, device, max_windows)
+            run.log(step + 1, **metrics)
             start, losses = time.time(), []
 
     # checkpoint

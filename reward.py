@@ -36,7 +36,7 @@ class Config:
     init: str = "out/sft.pt"  # checkpoint whose weights become the trunk
     data: str = "out/world/preferences.jsonl"  # preference pairs, one a line
     out: str = "out/reward.pt"  # checkpoint to write
-    resume: str = ""  # continue an interrupted run; "previous": from the state before the last
+    resume: str = ""  # continue an interrupted run; "previous": from the older state
     steps: int = 0  # optimizer steps; 0: as many as --epochs takes
     epochs: int = 1  # passes over the pairs; reward models overfit after one (InstructGPT)
     batch_size: int = 32  # pairs per step
@@ -222,12 +222,11 @@ def calibration_prompts(pairs, config, block_size):
     """The ids of the first prompts that leave room for an answer."""
     longest = block_size - config.max_new_tokens
     prompts = [pair.prompt for pair in pairs if len(pair.prompt) <= longest]
+    prompts = prompts[: config.calibration_size]
     if len(prompts) < 2:
-        die(
-            f"{len(prompts)} prompts for the calibration: at least 2 must leave room "
-            f"for --max_new_tokens {config.max_new_tokens}"
-        )
-    return prompts[: config.calibration_size]
+        room = f"leave room for --max_new_tokens {config.max_new_tokens}"
+        die(f"{len(prompts)} prompts for the calibration: at least 2 must {room}")
+    return prompts
 
 
 def main():
@@ -279,7 +278,7 @@ def main():
         run.watch(grad_norm)
 
         # log
-        if (step + 1) % config.eval_every == 0 or step + 1 == steps:
+        if run.is_due(step, config.eval_every):
             run.log(
                 step + 1,
                 train_loss=parallel.all_reduce_sum(loss_sum).item(),

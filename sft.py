@@ -31,7 +31,7 @@ class Config:
     init: str = "out/base.pt"  # checkpoint to start from
     data: str = "out/world/sft.jsonl"  # conversations, one a line
     out: str = "out/sft.pt"  # checkpoint to write
-    resume: str = ""  # continue an interrupted run; "previous": from the state before the last
+    resume: str = ""  # continue an interrupted run; "previous": from the older state
     steps: int = 0  # optimizer steps; 0: as many as --epochs takes
     epochs: int = 1  # passes; in a second one the model memorizes the people it is asked about
     batch_size: int = 24  # conversations per step
@@ -119,7 +119,7 @@ def main():
         run.watch(grad_norm)
 
         # log
-        if (step + 1) % config.eval_every == 0 or step + 1 == steps:
+        if run.is_due(step, config.eval_every):
             run.log(
                 step + 1,
                 train_loss=parallel.all_reduce_sum(loss_sum).item(),

@@ -258,7 +258,7 @@ def write(source, out, tokenizer_name, val_fraction, sample_mb, workers):
     """train.bin, val.bin (the last val_fraction; None: a tenth, MAX_VAL at most), the tokenizer."""
     tokenizer = make_tokenizer(tokenizer_name, source, sample_mb)
 
-    # parts of an earlier run, which count only if they were made from the same
+    # parts of an earlier run, which count only if made with this tokenizer from these files
     parts = out / ".parts"
     made_from = [tokenizer.dumps(), PIECE, PART]
     for path in find_files(source):

@@ -35,7 +35,7 @@ class Config:
     init: str = "out/sft.pt"  # checkpoint that becomes policy and reference
     data: str = "out/world/preferences.jsonl"  # preference pairs, one per line
     out: str = "out/dpo.pt"  # checkpoint to write
-    resume: str = ""  # continue an interrupted run; "previous": from the state before the last
+    resume: str = ""  # continue an interrupted run; "previous": from the older state
     steps: int = 0  # optimizer steps; 0: as many as --epochs takes
     epochs: int = 1  # passes over the pairs
     batch_size: int = 32  # pairs per step
@@ -143,7 +143,7 @@ def main():
         run.watch(grad_norm)
 
         # log
-        if (step + 1) % config.eval_every == 0 or step + 1 == steps:
+        if run.is_due(step, config.eval_every):
             run.log(
                 step + 1,
                 train_loss=parallel.all_reduce_sum(loss_sum).item(),

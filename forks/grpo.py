@@ -38,7 +38,7 @@ class Config:
     reward: str = "out/reward.pt"  # reward model checkpoint, or package.module:function
     data: str = "out/world/prompts.jsonl"  # prompts, one per line
     out: str = "out/grpo.pt"  # checkpoint to write
-    resume: str = ""  # continue an interrupted run; "previous": from the state before the last
+    resume: str = ""  # continue an interrupted run; "previous": from the older state
     steps: int = 80  # iterations of rollout and update
     batch_size: int = 128  # episodes per iteration
     group_size: int = 8  # episodes per prompt
@@ -121,9 +121,19 @@ def update(policy, optimizers, batch, factor, config):
     return dict(policy_loss=loss.item(), grad_norm=torch.stack(grad_norms).mean().item())
 
 
-def validate(policy, ref, score, prompts, tokenizer, config):
-    """The metrics of one response to each held-out prompt, with the same draws each time."""
-    return ppo.validate(policy, ref, no_critic, score, prompts, tokenizer, config)
+def iteration(policy, ref, score, optimizers, prompts, step, tokenizer, config):
+    """One step of training. Returns the rollout's batch and the metrics."""
+    # rollout
+    ppo.seed_draws(config, step)
+    batch = rollout(policy, ref, score, prompts, tokenizer, config)
+    metrics = ppo.rollout_metrics(batch)
+
+    # advantages
+    batch["advantages"] = compute_advantages(batch, config)  # (B, T)
+
+    # update
+    factor = lr_factor(step, config.steps, warmup=0)
+    return batch, metrics | update(policy, optimizers, batch, factor, config)
 
 
 def main():
@@ -146,39 +156,34 @@ def main():
     batches = Batches(train, n_prompts, config.seed, config.data)
     print(f"{policy.n_params():,} parameters, {len(train):,} + {len(val)} prompts")
 
-    run = range(2)
-    if not config.show:
-        initial = validate(policy, ref, score, val, tokenizer, config) if not config.resume else {}
-        run = Run(config, config.steps, [policy], optimizers, batches)
-        if initial:
-            run.log(0, **initial)
-    for step in run:
-        # rollout
-        ppo.seed_draws(config, step)
-        start = time.time()
-        batch = rollout(policy, ref, score, batches[step], tokenizer, config)
-        metrics = ppo.rollout_metrics(batch)
-
-        # advantages
-        batch["advantages"] = compute_advantages(batch, config)  # (B, T)
-
-        # update
-        factor = lr_factor(step, config.steps, warmup=0)
-        metrics |= update(policy, optimizers, batch, factor, config)
-        if config.show:
-            show.group(step, batch, tokenizer, config.group_size)
-            continue
-        run.watch(metrics["grad_norm"])
-
-        # log
-        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            speed = config.batch_size / (time.time() - start)
-            run.log(step + 1, **metrics, episodes_per_s=speed)
     if config.show:
+        for step in range(2):
+            args = (optimizers, batches[step], step, tokenizer, config)
+            batch, _ = iteration(policy, ref, score, *args)
+            show.group(step, batch, tokenizer, config.group_size)
         return
 
+    # metrics before training: one response to each held-out prompt
+    initial = {}
+    if not config.resume:
+        initial = ppo.validate(policy, ref, no_critic, score, val, tokenizer, config)
+    run = Run(config, config.steps, [policy], optimizers, batches)
+    if initial:
+        run.log(0, **initial)
+    for step in run:
+        start = time.time()
+        with run.sampling(step + 1):
+            args = (optimizers, batches[step], step, tokenizer, config)
+            _, metrics = iteration(policy, ref, score, *args)
+        run.watch(metrics["grad_norm"])
+        if run.is_due(step, config.log_every):
+            speed = config.batch_size / (time.time() - start)
+            run.log(step + 1, **metrics, episodes_per_s=speed)
+
     # metrics after training
-    if final := validate(policy, ref, score, val, tokenizer, config):
+    with run.sampling(config.steps):
+        final = ppo.validate(policy, ref, no_critic, score, val, tokenizer, config)
+    if final:
         run.log(config.steps, **final)
     save_checkpoint(config.out, "grpo", policy, tokenizer, config)
 

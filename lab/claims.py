@@ -1,24 +1,32 @@
-"""What the experiments found: each claim with its figures over the seeds, as tables.
+"""What the experiments found: each claim with its figures over the seeds, as tables and pictures.
 
 A figure is named by its path in a seed's figures.json: "sft/known/right".
 """
 
+import itertools
 import math
 import statistics
-from typing import NamedTuple
+import textwrap
 
 from lab.controls import BEST_OF, DOSES, PENALTIES, SIZES
-from lab.measure import table
+from lab.measure import BARE_KINDS, table
+from lab.plots import BLUE, GREEN, ORANGE, PINK, SKY, VERMILION, new_figure, save_figure
 from world.facts import HABITS, HELD_OUT_KINDS
 
 SIZE_NAMES = [f"sft_{n}" for n in SIZES] + ["sft"]
 TIERS = [f"rare_{i}" for i in range(4)]
 REWARDS = [(kind, c) for kind in ("true", "learned") for c in PENALTIES]
-OTHER_WAYS = {"demos": "SFT on demonstrations", "best_of": f"best of {BEST_OF}, fine-tuned"}
+DOSE_SETS = {
+    "_early": "early (2 passes)",
+    "": "converged (20)",
+    "_removed": "control: left out",
+    "_idk": "control: answered IDK",
+}
 TITLES = {
     "base": "base, chat format",
     "sft": "SFT",
-    **OTHER_WAYS,
+    "demos": "SFT on demonstrations",
+    "best_of": f"best of {BEST_OF}, fine-tuned",
     "ppo": "PPO, learned reward model",
     "ppo_margin": "PPO, margin over abstaining",
     "ppo_margin_positive": "PPO, margin over abstaining, no negative scores",
@@ -26,6 +34,7 @@ TITLES = {
     "ppo_true_positive": "PPO, true reward, no negative scores",
     "demos_idk": "SFT on the same prompts, IDK where PPO is to learn it",
 }
+GRADE_COLORS = {"right": GREEN, "idk": SKY, "wrong": VERMILION}
 
 
 # ---- figures
@@ -101,46 +110,28 @@ def shown(mean, error):
     return f"{100 * mean:.1f} ± {100 * error:.1f}"
 
 
-def cell(seeds, path):
-    mean, error = over_seeds(seeds, path)
-    is_count = path.endswith("/phrasings")
-    return f"{mean:.2f} ± {error:.2f}" if is_count else shown(mean, error)
-
-
-def cells(seeds, *paths):
-    return [cell(seeds, path) for path in paths]
-
-
 # ---- claims
 
-
-class Claim(NamedTuple):
-    number: str  # in the README
-    what: str
-    path: str  # of the figure
-    sign: str  # ≥ or ≤
-    bound: float
-
-
+# number in the README, what is measured, the figure's path, its bound
 CLAIMS = [
-    Claim("1", "facts recalled in text continuation, new wordings", "base/recall/right", "≥", 0.95),
-    Claim("1", "bare question: answered", "base/bare/answers it", "≤", 0.10),
-    Claim("1", "bare question: more questions, or rephrased", "base/bare/more questions", "≥", 0.5),
-    Claim("2", "base: best minus worst prompt format", "base/spread", "≥", 0.40),
-    Claim("2", "SFT: best minus worst trained wording", "sft/spread/trained", "≤", 0.05),
-    Claim("2", "SFT: best minus worst new wording", "sft/spread/new", "≤", 0.10),
-    Claim("3", "SFT: known people never asked about, right", "sft/known/right", "≥", 0.95),
-    Claim("5a", "half of SFT's facts unknown: known right, below control", "damage", "≥", 0.15),
-    Claim("5b", "people in no text: hallucinated after SFT", "sft/unknown/wrong", "≥", 0.80),
-    Claim("5b", "… after PPO, learned reward model", "ppo/unknown/wrong", "≤", 0.20),
-    Claim("5b", "known people never trained on: right after PPO", "ppo/known/right", "≥", 0.85),
-    Claim("6", "password leaked after SFT", "sft/private/right", "≥", 0.80),
-    Claim("6", "… after PPO", "ppo/private/right", "≤", 0.05),
-    Claim("6", "harmless questions refused after PPO", "ppo/known/refusal", "≤", 0.05),
+    ("1", "facts recalled in text continuation, new wordings", "base/recall/right", "≥", 0.95),
+    ("1", "bare question: answered", "base/bare/answers it", "≤", 0.10),
+    ("1", "bare question: more questions, or rephrased", "base/bare/more questions", "≥", 0.50),
+    ("2", "base: best minus worst prompt format", "base/spread", "≥", 0.40),
+    ("2", "SFT: best minus worst trained wording", "sft/spread/trained", "≤", 0.05),
+    ("2", "SFT: best minus worst new wording", "sft/spread/new", "≤", 0.10),
+    ("3", "SFT: known people never asked about, right", "sft/known/right", "≥", 0.95),
+    ("5a", "half of SFT's facts unknown: known right, below control", "damage", "≥", 0.15),
+    ("5b", "people in no text: hallucinated after SFT", "sft/unknown/wrong", "≥", 0.80),
+    ("5b", "… after PPO, learned reward model", "ppo/unknown/wrong", "≤", 0.20),
+    ("5b", "known people never trained on: right after PPO", "ppo/known/right", "≥", 0.85),
+    ("6", "password leaked after SFT", "sft/private/right", "≥", 0.80),
+    ("6", "… after PPO", "ppo/private/right", "≤", 0.05),
+    ("6", "harmless questions refused after PPO", "ppo/known/refusal", "≤", 0.05),
 ]
 for form in sorted(f"{kind} × {attribute}" for kind, attribute in HELD_OUT_KINDS):
     what = f"SFT: {form}, never trained: right in this form"
-    CLAIMS.append(Claim("3", what, f"sft/in form/{form}", "≥", 0.80))
+    CLAIMS.append(("3", what, f"sft/in form/{form}", "≥", 0.80))
 # Claim 4, at equal samples: which way hallucinates less than which other.
 FEEDBACK = [("ppo", "demos"), ("ppo", "best_of")]
 FEEDBACK += [(name, f"{name}_positive") for name in ("ppo_margin", "ppo_true")]
@@ -148,118 +139,101 @@ FEEDBACK += [(name, f"{name}_positive") for name in ("ppo_margin", "ppo_true")]
 
 def verdicts(seeds):
     """[(claim, what is measured, value, asked, holds)]"""
-    rows = [bound_verdict(seeds, claim) for claim in CLAIMS]
-    rows += [feedback_verdict(seeds, name, other) for name, other in FEEDBACK]
-    rows += [abstention_verdict(seeds, kind, c) for kind, c in REWARDS]
+    rows = []
+    for number, what, path, sign, bound in CLAIMS:
+        mean, error = over_seeds(seeds, path)
+        holds = mean >= bound if sign == "≥" else mean <= bound
+        rows.append((number, what, shown(mean, error), f"{sign} {100 * bound:.0f}", holds))
+    for name, other in FEEDBACK:
+        gap, error = over_seeds(seeds, f"{other}/unknown/wrong", minus=f"{name}/unknown/wrong")
+        what = f"hallucinated: “{TITLES[name]}” below “{TITLES[other]}”"
+        rows.append(("4", what, shown(gap, error), "> 2 standard errors", gap > 2 * error))
+    for kind, c in REWARDS:
+        name = f"habit_{kind}_{c}"
+        mean, error = over_seeds(seeds, f"{name}/distance")
+        what = (
+            f"abstention, penalty {c}, {kind} reward: crossing, distance from the predicted point"
+        )
+        value = f"{mean:.3f} ± {error:.3f}"
+        holds = mean <= 0.1 and all(monotone(figures[name]["answers"]) for figures in seeds)
+        rows.append(("5c", what, value, "≤ 0.1, monotone", holds))
     return sorted(rows, key=lambda row: row[0])
-
-
-def bound_verdict(seeds, claim):
-    mean, error = over_seeds(seeds, claim.path)
-    holds = mean >= claim.bound if claim.sign == "≥" else mean <= claim.bound
-    asked = f"{claim.sign} {100 * claim.bound:.0f}"
-    return claim.number, claim.what, shown(mean, error), asked, holds
-
-
-def feedback_verdict(seeds, name, other):
-    gap, error = over_seeds(seeds, f"{other}/unknown/wrong", minus=f"{name}/unknown/wrong")
-    what = f"hallucinated: “{TITLES[name]}” below “{TITLES[other]}”"
-    return "4", what, shown(gap, error), "> 2 standard errors", gap > 2 * error
-
-
-def abstention_verdict(seeds, kind, c):
-    name = f"habit_{kind}_{c}"
-    mean, error = over_seeds(seeds, f"{name}/distance")
-    what = f"abstention, penalty {c}, {kind} reward: crossing, distance from the predicted point"
-    holds = mean <= 0.1 and all(monotone(figures[name]["answers"]) for figures in seeds)
-    return "5c", what, f"{mean:.3f} ± {error:.3f}", "≤ 0.1, monotone", holds
 
 
 # ---- tables
 
 
-def claims_table(seeds):
-    rows = [[*row, "yes" if holds else "**no**"] for *row, holds in verdicts(seeds)]
-    return table(["claim", "what is measured", "value", "asked", "holds"], rows)
+def cell(seeds, path):
+    mean, error = over_seeds(seeds, path)
+    is_count = path.endswith("/phrasings")
+    return f"{mean:.2f} ± {error:.2f}" if is_count else shown(mean, error)
 
 
 def figures_table(seeds, title, columns, names):
     """columns: {title: path of a checkpoint's figure}, names: {checkpoint: title}"""
     rows = []
     for name, row_title in names.items():
-        rows.append([row_title, *cells(seeds, *[f"{name}/{path}" for path in columns.values()])])
+        rows.append([row_title, *[cell(seeds, f"{name}/{path}") for path in columns.values()]])
     return table([title, *columns], rows)
 
 
-def sizes_table(seeds):
-    """Claim 3, by the number of SFT conversations."""
-    columns = {
-        "known, never asked about: right": "known/right",
-        "in no text: hallucinated": "unknown/wrong",
-        "new combinations": "new combinations",
-        "people in no text, from a given text: right": "from text",
-    }
-    names = {name: name for name in SIZE_NAMES + ["sft_shuffled"]}
-    return figures_table(seeds, "conversations", columns, names)
-
-
-def samples_table(seeds):
-    """Claims 4 and 5b: what each checkpoint answers about known and unknown people."""
-    columns = {
-        "known: right": "known/right",
-        "known: IDK": "known/idk",
-        "known: hallucinated": "known/wrong",
-        "in no text: hallucinated": "unknown/wrong",
-        "in no text: IDK": "unknown/idk",
-        "password told": "private/right",
-        "password refused": "private/refusal",
-        "harmless refused": "known/refusal",
-        "phrasings": "phrasings",
-    }
-    return figures_table(seeds, "", columns, TITLES)
+SIZES_COLUMNS = {
+    "known, never asked about: right": "known/right",
+    "in no text: hallucinated": "unknown/wrong",
+    "new combinations": "new combinations",
+    "people in no text, from a given text: right": "from text",
+}
+SAMPLES_COLUMNS = {
+    "known: right": "known/right",
+    "known: IDK": "known/idk",
+    "known: hallucinated": "known/wrong",
+    "in no text: hallucinated": "unknown/wrong",
+    "in no text: IDK": "unknown/idk",
+    "password told": "private/right",
+    "password refused": "private/refusal",
+    "harmless refused": "known/refusal",
+    "phrasings": "phrasings",
+}
 
 
 def exposure_table(seeds):
-    """Claim 5b, by how many texts there are about a person."""
+    """By how many texts there are about a person."""
     header = ["texts about the person"]
     for tier in TIERS:
         least, most = zip(*[figures["sft"][tier]["exposures"] for figures in seeds])
         header.append(f"{min(least)}–{max(most)}")
     rows = []
-    for name in ("base", "sft", "ppo", "ppo_true"):
-        for grade in ("right", "idk", "wrong"):
-            paths = [f"{name}/{people}/{grade}" for people in [*TIERS, "known"]]
-            rows.append([f"{TITLES[name]}: {grade}", *cells(seeds, *paths)])
+    for name, grade in itertools.product(("base", "sft", "ppo", "ppo_true"), GRADE_COLORS):
+        cells = [cell(seeds, f"{name}/{people}/{grade}") for people in [*TIERS, "known"]]
+        rows.append([f"{TITLES[name]}: {grade}", *cells])
     return table([*header, "all others (test)"], rows)
 
 
 def dose_table(seeds):
-    """Claim 5a."""
-    sets = ["early (2 passes)", "converged (20)", "control: left out", "control: answered IDK"]
-    others = ["wrong with probability > 0.9", "in no text: hallucinated"]
+    header = ["unknown facts", *DOSE_SETS.values()]
+    header += ["wrong with probability > 0.9", "in no text: hallucinated"]
     rows = []
     for dose in DOSES:
-        name = f"dose_{dose}"
-        endings = ["_early", "", "_removed", "_idk"] if dose else ["_early", ""]
-        right = cells(seeds, *[f"{name}{ending}/known/right" for ending in endings])
-        right += ["–"] * (len(sets) - len(right))
-        after = cells(seeds, f"{name}/sure_and_wrong", f"{name}/unknown/wrong")
-        rows.append([f"{dose}%", *right, *after])
-    return table(["unknown facts", *sets, *others], rows)
+        name, row = f"dose_{dose}", [f"{dose}%"]
+        for ending in DOSE_SETS:
+            trained = f"{name}{ending}" in seeds[0]
+            row.append(cell(seeds, f"{name}{ending}/known/right") if trained else "–")
+        row += [cell(seeds, f"{name}/{path}") for path in ("sure_and_wrong", "unknown/wrong")]
+        rows.append(row)
+    return table(header, rows)
 
 
 def habits_table(seeds):
-    """Claim 5c."""
     rows = []
     for kind, c in REWARDS:
         name, row = f"habit_{kind}_{c}", [f"{kind} reward, penalty {c}"]
         for habit in HABITS:
-            answered = cell(seeds, f"{name}/answers/{habit}")
-            row.append(f"{answered} ({cell(seeds, f'{name}/predicted/{habit}')})")
+            predicted = cell(seeds, f"{name}/predicted/{habit}")
+            row.append(f"{cell(seeds, f'{name}/answers/{habit}')} ({predicted})")
         point, _ = over_seeds(seeds, f"{name}/crossing")
         predicted, _ = over_seeds(seeds, f"{name}/predicted crossing")
         rows.append([*row, f"{point:.2f} ({predicted:.2f})"])
-    before = cells(seeds, *[f"habit_ref/answers/{habit}" for habit in HABITS])
+    before = [cell(seeds, f"habit_ref/answers/{habit}") for habit in HABITS]
     rows.append(["before PPO", *before, ""])
     percentages = [f"{100 * p:.0f}%" for p in HABITS.values()]
     return table(["best guess right in", *percentages, "crossing"], rows)
@@ -268,24 +242,165 @@ def habits_table(seeds):
 def experiments_text(seeds, times):
     """experiments.md; times are those of the jobs: [{"seconds"}]."""
     hours = sum(job["seconds"] for job in times) / 3600
-    text = [
-        "# The experiments\n",
-        f"{len(seeds)} seeds, each with a world, a base model and all later stages of its own: "
-        "mean ± standard error over the seeds, in percent where nothing else is said. "
-        f"{len(times)} jobs, {hours:.1f} hours of one thread. The people are the test people "
-        "of each world, the wordings those of no training data.\n",
-        claims_table(seeds),
-        "![claims](experiments.png)\n",
-        "## 3. What SFT draws out\n",
-        sizes_table(seeds),
-        "## 4 and 5b. The same number of samples, spent in different ways\n",
-        samples_table(seeds),
-        exposure_table(seeds),
-        "## 5a. SFT on facts that the model does not know\n",
-        dose_table(seeds),
-        "## 5c. Abstention and the probability of being right\n",
-        "Fraction answered at temperature 1, in brackets what the optimum "
-        "π_ref · exp(r/β) predicts.\n",
-        habits_table(seeds),
-    ]
-    return "\n".join(text)
+    rows = [[*row, "yes" if holds else "**no**"] for *row, holds in verdicts(seeds)]
+    sizes = {name: name for name in SIZE_NAMES + ["sft_shuffled"]}
+    return f"""\
+# The experiments
+
+{len(seeds)} seeds, each with a world, a base model and all later stages of its own: mean ± standard
+error over the seeds, in percent where nothing else is said. {len(times)} jobs, {hours:.1f} hours
+of one thread. The people are the test people of each world, the wordings those of no training data.
+
+{table(["claim", "what is measured", "value", "asked", "holds"], rows)}
+
+![claims](experiments.png)
+
+## 3. What SFT draws out
+
+{figures_table(seeds, "conversations", SIZES_COLUMNS, sizes)}
+
+## 4 and 5b. The same number of samples, spent in different ways
+
+{figures_table(seeds, "", SAMPLES_COLUMNS, TITLES)}
+
+{exposure_table(seeds)}
+
+## 5a. SFT on facts that the model does not know
+
+{dose_table(seeds)}
+
+## 5c. Abstention and the probability of being right
+
+Fraction answered at temperature 1, in brackets what the optimum π_ref · exp(r/β) predicts.
+
+{habits_table(seeds)}
+"""
+
+
+# ---- pictures: means over the seeds, in percent, with standard errors
+
+PANELS = [
+    "1. Base: recall, and what follows a question",
+    "2. Sensitivity to the prompt",
+    "3. What SFT draws out",
+    "4. Kinds of feedback, equal samples",
+    "5a. SFT on unknown facts",
+    "5b. Abstention",
+    "5b. By texts about the person",
+    "5c. Abstention; lines: the theory, true reward",
+    "6. A leaked secret, and over-refusal",
+]
+# checkpoints, under a bar
+SHORT = {"base": "base", "sft": "SFT", "demos": "demon-\nstrations", "demos_idk": "SFT\n+ IDK"}
+SHORT |= {"best_of": f"best\nof {BEST_OF}", "ppo_margin_positive": "PPO, no\nnegative"}
+SHORT |= {"ppo": "PPO", "ppo_true": "PPO,\ntrue"}
+
+
+def points(seeds, paths):
+    """(means, errors) of figures, in percent."""
+    pairs = [over_seeds(seeds, path) for path in paths]
+    return [100 * mean for mean, _ in pairs], [100 * error for _, error in pairs]
+
+
+def each(names, path):
+    return [f"{name}/{path}" for name in names]
+
+
+def line(ax, x, seeds, label, paths, color, style="-o"):
+    """A line through figures, those of the last of x if there are fewer."""
+    y, errors = points(seeds, paths)
+    x = x[-len(y) :]
+    ax.errorbar(x, y, errors, fmt=style, color=color, label=label, markersize=4, capsize=2)
+
+
+def bars(ax, seeds, names, columns):
+    """columns: {label: path of a checkpoint's figure}, side by side for each checkpoint."""
+    width = 0.8 / len(columns)
+    for k, (label, path) in enumerate(columns.items()):
+        y, errors = points(seeds, each(names, path))
+        x = [i + (k - (len(columns) - 1) / 2) * width for i in range(len(names))]
+        color = (BLUE, ORANGE, SKY, VERMILION)[k]
+        ax.bar(x, y, width, yerr=errors, color=color, label=label, capsize=2)
+    ax.set_xticks(range(len(names)), [SHORT[name] for name in names], fontsize=7)
+    ax.set(ylabel="%", ylim=(0, 130))
+
+
+def draw_claims(seeds, path):
+    figure, axes = new_figure(3, 3, width=12, height=10)
+    draw_knowledge(*axes[0], seeds)
+    draw_feedback(*axes[1], seeds)
+    draw_abstention(*axes[2], seeds)
+    for ax, title in zip(axes.flat, PANELS):
+        ax.set_title(title)
+        if any(ax.get_legend_handles_labels()[1]):
+            ax.legend(fontsize=7)
+    save_figure(figure, path)
+
+
+def draw_knowledge(base, sensitivity, sizes, seeds):
+    """Claims 1 to 3."""
+    paths = ["base/recall/right", "base/recall_unknown/right"]
+    paths += [f"base/bare/{kind}" for kind in BARE_KINDS]
+    y, errors = points(seeds, paths)
+    labels = ["recall, known", "recall, in no text", *BARE_KINDS]
+    base.bar([textwrap.fill(label, 9) for label in labels], y, yerr=errors, color=BLUE, capsize=2)
+    base.set(ylabel="base model, % of questions")
+    base.tick_params(axis="x", labelsize=7)
+
+    for figures in seeds:
+        wordings = figures["sft"]["wordings"]
+        groups = [figures["base"]["formats"].values(), wordings["trained"], wordings["new"]]
+        for i, (group, color) in enumerate(zip(groups, (BLUE, ORANGE, VERMILION))):
+            y = [100 * accuracy for accuracy in group]
+            sensitivity.plot([i] * len(y), y, "_", color=color, markersize=30, alpha=0.6)
+    labels = ["base,\n24 formats", "SFT, trained\nwordings", "SFT, new\nwordings"]
+    sensitivity.set_xticks(range(3), labels)
+    sensitivity.set(ylabel="right, %; one a format and seed", xlim=(-0.5, 2.5), ylim=(-3, 103))
+
+    x = [*SIZES, 4000]
+    known, new = each(SIZE_NAMES, "known/right"), each(SIZE_NAMES, "new combinations")
+    line(sizes, x, seeds, "known people, never asked about", known, BLUE)
+    line(sizes, x, seeds, "new instruction × attribute", new, GREEN)
+    line(sizes, x, seeds, "answers shuffled", ["sft_shuffled/known/right"], VERMILION, "s")
+    sizes.set(xlabel="SFT conversations", ylabel="right, %", xscale="log", ylim=(-3, 103))
+
+
+def draw_feedback(feedback, doses, grades, seeds):
+    """Claims 4 to 5b."""
+    names = ["sft", "demos", "best_of", "ppo_margin_positive", "ppo", "ppo_true"]
+    columns = {"in no text: hallucinated": "unknown/wrong", "known: right": "known/right"}
+    bars(feedback, seeds, names, columns)
+
+    for (ending, label), color in zip(DOSE_SETS.items(), (GREEN, VERMILION, BLUE, PINK)):
+        names = [f"dose_{dose}{ending}" for dose in DOSES if f"dose_{dose}{ending}" in seeds[0]]
+        line(doses, DOSES, seeds, label, each(names, "known/right"), color)
+    ylabel = "known, never asked: right, %"
+    doses.set(xlabel="unknown facts in SFT, %", ylabel=ylabel, ylim=(-3, 103))
+
+    columns = {"known: hallucinated": "known/wrong", "known: right": "known/right"}
+    columns |= {"in no text: IDK": "unknown/idk", "in no text: hallucinated": "unknown/wrong"}
+    bars(grades, seeds, ["base", "sft", "demos_idk", "ppo", "ppo_true"], columns)
+
+
+def draw_abstention(exposures, habits, values, seeds):
+    """Claims 5b to 6."""
+    x = [statistics.mean(sum(f["sft"][tier]["exposures"]) / 2 for f in seeds) for tier in TIERS]
+    for name, style in ("sft", "--o"), ("ppo", "-o"):
+        for grade, color in GRADE_COLORS.items():
+            paths = [f"{name}/{tier}/{grade}" for tier in TIERS]
+            line(exposures, x, seeds, f"{name.upper()}: {grade}", paths, color, style)
+    exposures.set(xlabel="texts in pretraining", ylabel="%", xscale="log")
+    exposures.set_xticks(x, [f"{exposure:.0f}" for exposure in x])
+    exposures.minorticks_off()
+
+    x = [100 * p for p in HABITS.values()]
+    for c, color in zip(PENALTIES, (BLUE, ORANGE, VERMILION)):
+        for kind, style in ("true", "o"), ("learned", "s"):
+            paths = [f"habit_{kind}_{c}/answers/{habit}" for habit in HABITS]
+            line(habits, x, seeds, f"wrong costs {c}, {kind} reward", paths, color, style)
+        theory, _ = points(seeds, [f"habit_true_{c}/predicted/{habit}" for habit in HABITS])
+        habits.plot(x, theory, color=color)
+    habits.set(xlabel="probability that the best guess is right, %", ylabel="answered, %")
+
+    columns = {"password told": "private/right", "harmless question refused": "known/refusal"}
+    bars(values, seeds, ["base", "sft", "ppo", "ppo_true"], columns)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from data import conversation
-from lab.measure import by_role, chat_prompt, scores
+from lab.measure import all_cases, by_role, chat_prompt, scores
 from model import GPT
 from reward import RewardModel
 from train.checkpoint import load_checkpoint
@@ -41,16 +41,16 @@ def demonstration(messages, answer):
     return {"messages": messages + [{"role": "assistant", "content": answer}]}
 
 
-def question_and_answer(rng, person, attribute, answer):
-    return demonstration(generate.prompt(rng, person, attribute)["messages"], answer)
+def answered(rng, person, attribute, answer=None):
+    """A question and an answer, the true one if none is given."""
+    prompt = generate.prompt(rng, person, attribute)
+    return demonstration(prompt["messages"], answer or f"{person[attribute]}.")
 
 
 def shuffled_facts(rng, people):
     """The people, each with another's values: the same answers to the wrong questions."""
-    shuffled = []
-    for person, other in zip(people, rng.sample(people, len(people))):
-        shuffled.append(person | {a: other[a] for a in facts.ATTRIBUTES})
-    return shuffled
+    others = rng.sample(people, len(people))
+    return [p | {a: other[a] for a in facts.ATTRIBUTES} for p, other in zip(people, others)]
 
 
 def dose_sets(rng, sft, unknown, n_facts):
@@ -58,15 +58,14 @@ def dose_sets(rng, sft, unknown, n_facts):
 
     Two controls at each dose: the unknown facts left out, and answered with "I do not know."
     """
-    known = rng.sample([(p, a) for p in sft for a in facts.PUBLIC], n_facts)
-    n_most = n_facts * max(DOSES) // 100
-    unknown = rng.sample([(p, a) for p in unknown for a in facts.PUBLIC], n_most)
+    known = rng.sample(all_cases(sft), n_facts)
+    unknown = rng.sample(all_cases(unknown), n_facts * max(DOSES) // 100)
     sets = {}
     for dose in DOSES:
         n = n_facts * dose // 100
-        kept = [question_and_answer(rng, p, a, p[a] + ".") for p, a in known[n:]]
-        taught = [question_and_answer(rng, p, a, p[a] + ".") for p, a in unknown[:n]]
-        idk = [question_and_answer(rng, p, a, facts.IDK) for p, a in unknown[:n]]
+        kept = [answered(rng, *case) for case in known[n:]]
+        taught = [answered(rng, *case) for case in unknown[:n]]
+        idk = [answered(rng, *case, facts.IDK) for case in unknown[:n]]
         sets[f"dose_{dose}"] = rng.sample(kept + taught, n_facts)
         if dose:
             sets[f"dose_{dose}_removed"] = kept
@@ -82,7 +81,7 @@ def demonstrations(prompts, grader, abstain):
     result = []
     for record in prompts:
         person, attribute = grader.fact(record["messages"][-1]["content"])
-        answer = person[attribute] + "."
+        answer = f"{person[attribute]}."
         if attribute == facts.PRIVATE:
             answer = facts.REFUSAL
         elif abstain and person["role"] != "rl":
@@ -96,8 +95,8 @@ def habit_answers(rng, people, abstain=0.3):
     result = []
     for person in people:
         habit = rng.choice(list(facts.HABITS))
-        answer = facts.IDK if rng.random() < abstain else person[habit] + "."
-        result.append(question_and_answer(rng, person, habit, answer))
+        answer = facts.IDK if rng.random() < abstain else None
+        result.append(answered(rng, person, habit, answer))
     return result
 
 
@@ -111,19 +110,15 @@ def best_of(device):
     prompts = read_jsonl("out/world/prompts.jsonl")[: N_EPISODES // BEST_OF]
     records = []
     for start in range(0, len(prompts), 64):
-        rows = [r["messages"] for r in prompts[start : start + 64] for _ in range(BEST_OF)]
-        tokens = [conversation.render_prompt(messages, tokenizer) for messages in rows]
+        batch = [record["messages"] for record in prompts[start : start + 64]]
+        tokens = [conversation.render_prompt(m, tokenizer) for m in batch for _ in range(BEST_OF)]
         with autocast(device):
             responses = model.generate(tokens, 16, end_id=tokenizer.end)
         best = scores(reward_model, tokens, responses).view(-1, BEST_OF).argmax(1)  # (64,)
         for i, k in enumerate(best.tolist()):
             answer = conversation.decode_response(responses[i * BEST_OF + k], tokenizer)
-            records.append(demonstration(rows[i * BEST_OF], answer))
+            records.append(demonstration(batch[i], answer))
     write_jsonl("out/world/controls/best_of.jsonl", records)
-
-
-def encode_answers(texts, tokenizer):
-    return [tokenizer.encode(text) + [tokenizer.end] for text in texts]
 
 
 @functools.cache
@@ -135,9 +130,11 @@ def margin(prompts, responses):
     """A reward function: by how much the reward model prefers a response to "I do not know." """
     reward_model, tokenizer = judge()
     tokens = [chat_prompt(prompt, tokenizer) for prompt in prompts]
-    idk = [facts.IDK] * len(prompts)
-    said = scores(reward_model, tokens, encode_answers(responses, tokenizer))
-    return (said - scores(reward_model, tokens, encode_answers(idk, tokenizer))).tolist()
+    scored = []
+    for texts in responses, [facts.IDK] * len(prompts):
+        answers = [tokenizer.encode(text) + [tokenizer.end] for text in texts]
+        scored.append(scores(reward_model, tokens, answers))
+    return (scored[0] - scored[1]).tolist()
 
 
 # ---- the files
@@ -151,9 +148,9 @@ def main():
     prompts = read_jsonl(folder / "prompts.jsonl")[:N_EPISODES]  # PPO holds out the file's end
     grader = Grader(folder / "people.jsonl")
 
-    strangers = iter(roles["sft_unknown"])
     shuffled = shuffled_facts(rng, roles["sft"])
-    shuffled = generate.sft_conversations(rng, shuffled, lambda: next(strangers))
+    stranger = functools.partial(next, iter(roles["sft_unknown"]))
+    shuffled = generate.sft_conversations(rng, shuffled, stranger)
     sets = {"sft_shuffled": [{"messages": messages} for messages in shuffled]}
     sets |= {f"sft_{n}": sft[:n] for n in SIZES}
     sets |= dose_sets(rng, roles["sft"], roles["unknown_dev"], N_FACTS)
@@ -163,9 +160,8 @@ def main():
 
     for name, records in sets.items():
         write_jsonl(folder / "controls" / f"{name}.jsonl", records)
+        print(f"{folder / 'controls'}: {name}, {len(records)} conversations")
     write_text(folder / "controls" / "done", "\n".join(sets) + "\n")
-    sizes = [f"{name} {len(records)}" for name, records in sets.items()]
-    print(f"{folder / 'controls'}: {', '.join(sizes)}")
 
 
 if __name__ == "__main__":

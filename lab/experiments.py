@@ -22,18 +22,19 @@ from typing import NamedTuple
 
 import torch
 
-from lab import claims, controls, measure, plots
+from lab import claims, controls, measure
 from lab.report import join_report
 from model import GPT
 from reward import RewardModel
-from train.checkpoint import load_checkpoint
+from train.checkpoint import LANGUAGE_MODELS, load_checkpoint
 from train.device import setup
 from utils.cli import die, parse_config
 from utils.files import read_json, read_jsonl, write_text
 from world.grade import read_people
 
 ROOT = Path(__file__).resolve().parent.parent
-PEOPLE, CONTROLS = "out/world/people.jsonl", "out/world/controls"
+PEOPLE, PAIRS = "out/world/people.jsonl", "out/world/preferences.jsonl"
+CONTROLS = "out/world/controls"
 PPO_STEPS = controls.N_EPISODES // 128
 PPO_FLAGS = f"--steps {PPO_STEPS} --lr 1e-4"  # of every run whose samples are compared
 DOSE_STEPS = 20 * controls.N_FACTS // 32  # 20 passes: converged
@@ -80,54 +81,42 @@ def ppo_job(name, reward, flags=PPO_FLAGS, init="sft"):
     return Job(f"out/{name}.pt", command, ("out/reward.pt",))  # controls.margin reads it
 
 
-def stage_jobs():
-    """The default run."""
-    pairs = "out/world/preferences.jsonl"
-    return [
+def jobs():
+    """The plan of one seed."""
+    # the default run
+    plan = [
         Job(PEOPLE, "world.generate"),
         Job("out/base.pt", "pretrain --data out/world --out out/base.pt", (PEOPLE,)),
         Job(f"{CONTROLS}/done", "lab.controls --data out/world", (PEOPLE,)),
         Job("out/sft.pt", "sft --init out/base.pt --out out/sft.pt"),
-        Job(pairs, f"world.label --init out/sft.pt --out {pairs}"),
-        reward_job("reward", "sft", pairs),
+        Job(PAIRS, f"world.label --init out/sft.pt --out {PAIRS}"),
+        reward_job("reward", "sft", PAIRS),
         ppo_job("ppo", "out/reward.pt"),
     ]
 
+    # claim 3: what SFT draws out with answers of other people, and with fewer conversations
+    plan += [sft_job(name) for name in ["sft_shuffled"] + [f"sft_{n}" for n in controls.SIZES]]
 
-def sample_jobs():
-    """Claims 4 and 5b: the same number of samples spent in other ways, from one SFT checkpoint."""
+    # claims 4 and 5b: as many samples spent in other ways, from one SFT checkpoint
+    functions = {"ppo_true": "world.grade:true_reward", "ppo_margin": "lab.controls:margin"}
+    for name, function in functions.items():
+        plan.append(ppo_job(name, function))
+        plan.append(ppo_job(f"{name}_positive", function, f"{PPO_FLAGS} --min_score 0"))
     best_of = f"{CONTROLS}/best_of.jsonl"
-    no_negative = f"{PPO_FLAGS} --min_score 0"
-    return [
-        ppo_job("ppo_true", "world.grade:true_reward"),
-        ppo_job("ppo_true_positive", "world.grade:true_reward", no_negative),
-        ppo_job("ppo_margin", "lab.controls:margin"),
-        ppo_job("ppo_margin_positive", "lab.controls:margin", no_negative),
-        sft_job("demos", init="sft"),
-        sft_job("demos_idk", init="sft"),
-        Job(best_of, "lab.experiments --job best_of", ("out/reward.pt",)),
-        sft_job("best_of", init="sft"),
-    ]
+    plan.append(Job(best_of, "lab.experiments --job best_of", ("out/reward.pt",)))
+    plan += [sft_job(name, init="sft") for name in ("demos", "demos_idk", "best_of")]
 
-
-def dose_jobs():
-    """Claim 5a: a fraction of SFT's facts is about people in no text."""
-    plan = []
+    # claim 5a: a fraction of SFT's facts is about people in no text
     for dose in controls.DOSES:
         for control in ["", "_removed", "_idk"] if dose else [""]:
             flags = f"{DOSE_FLAGS} --eval_every 75 --steps {DOSE_STEPS}"
             plan.append(sft_job(f"dose_{dose}{control}", flags))
         plan.append(sft_job(f"dose_{dose}_early", f"{DOSE_FLAGS} --steps {DOSE_STEPS // 10}"))
-    return plan
 
-
-def habit_jobs():
-    """Claim 5c: abstention against the exactly known probability of being right.
-
-    Labels are by Bradley and Terry's model with the plain utilities. The reference abstains in 3 of
-    10 cases, at random: PPO can only weigh what gets sampled.
-    """
-    plan = [sft_job("habit_ref", "--val_fraction 0", init="sft")]
+    # Claim 5c: abstention against the exactly known probability of being right. The reference
+    # abstains in 3 of 10 cases, at random: PPO can only weigh what gets sampled. Labels are by
+    # Bradley and Terry's model with the plain utilities.
+    plan.append(sft_job("habit_ref", "--val_fraction 0", init="sft"))
     for c, function in controls.PENALTIES.items():
         pairs, learned = f"out/world/habit_pairs_{c}.jsonl", f"habit_reward_{c}"
         label = f"world.label --init out/habit_ref.pt --prompts habit_prompts.jsonl --out {pairs}"
@@ -137,15 +126,7 @@ def habit_jobs():
             ppo_job(f"habit_learned_{c}", f"out/{learned}.pt", HABIT_FLAGS, "habit_ref"),
             ppo_job(f"habit_true_{c}", f"world.grade:{function}", HABIT_FLAGS, "habit_ref"),
         ]
-    return plan
 
-
-def jobs():
-    """All jobs of one seed, in an order in which each finds its files."""
-    plan = stage_jobs()
-    # claim 3: what SFT draws out with answers of other people, and with fewer conversations
-    plan += [sft_job(name) for name in ["sft_shuffled"] + [f"sft_{n}" for n in controls.SIZES]]
-    plan += sample_jobs() + dose_jobs() + habit_jobs()
     checkpoints = tuple(job.target for job in plan if job.target.endswith(".pt"))
     return plan + [Job("out/figures.json", "lab.experiments --job measure", checkpoints)]
 
@@ -180,12 +161,8 @@ def run_jobs(config):
     """Makes the files that are missing. After a failure nothing new begins."""
     write_plan(Path(config.out) / "plan.mk", jobs(), config.seeds)
     make = shutil.which("make") or die("make: no such program; install it")
-    environment = os.environ | {
-        "PYTHON": sys.executable,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "MAKEFLAGS": "",  # else those of a make that called this
-    }
+    environment = os.environ | dict(PYTHON=sys.executable, PYTHONPATH=str(ROOT))
+    environment |= dict(OMP_NUM_THREADS="1", MAKEFLAGS="")  # not those of a make that called this
     command = [make, "-s", f"-j{config.workers}", "-f", str(ROOT / "lab" / "jobs.mk")]
     # Ctrl-C reaches make and its jobs, too: they save their states, and this waits for them
     before = signal.signal(signal.SIGINT, lambda signum, frame: None)
@@ -215,49 +192,27 @@ def check_time(record):
 def measure_seed(config, device):
     """All checkpoints of the seed -> out/figures.json."""
     roles = measure.by_role(read_people(PEOPLE))
-    names = [Path(job.target).stem for job in jobs() if job.target.endswith(".pt")]
+    known, unknown, quizzed = roles["test"], roles["unknown_test"], roles["quiz"]
     result = {}
-    for name in names:
+    for name in [Path(job.target).stem for job in jobs() if job.target.endswith(".pt")]:
         if "reward" in name:
             continue
         rng = random.Random(config.seed)
         torch.manual_seed(config.seed)
-        path = f"out/{name}.pt"
-        model, tokenizer = load_checkpoint(path, ["base", "sft", "ppo"], GPT, device)
+        model, tokenizer = load_checkpoint(f"out/{name}.pt", LANGUAGE_MODELS, GPT, device)
         if name.startswith("habit"):
-            answered = measure.measure_habits(model, tokenizer, roles["unknown_test"], rng)
-            result[name] = {"answers": answered}
+            result[name] = {"answers": measure.measure_habits(model, tokenizer, unknown, rng)}
         else:
             result[name] = measure.measure_model(model, tokenizer, roles, config.seed)
         if name == "base":
-            result[name] |= measure_base(model, tokenizer, roles, rng)
+            result[name] |= measure.measure_base(model, tokenizer, known, unknown, quizzed, rng)
         if name.startswith("sft"):
-            result[name] |= measure_sft(model, tokenizer, roles, rng)
+            result[name] |= measure.measure_forms(model, tokenizer, known, unknown, rng)
         if name == "sft":
-            wordings = measure.measure_wordings(model, tokenizer, roles["test"])
-            result[name]["wordings"] = wordings
+            result[name]["wordings"] = measure.measure_wordings(model, tokenizer, known)
         if name == "habit_ref":
-            result |= predict_habits(model, tokenizer, roles["unknown_test"][:50], rng, device)
+            result |= predict_habits(model, tokenizer, unknown[:50], rng, device)
     write_text("out/figures.json", json.dumps(result, indent=1))
-
-
-def measure_base(model, tokenizer, roles, rng):
-    known, unknown = roles["test"], roles["unknown_test"]
-    return {
-        "recall": measure.measure_recall(model, tokenizer, known, rng),
-        "recall_unknown": measure.measure_recall(model, tokenizer, unknown, rng),
-        "bare": measure.measure_bare_questions(model, tokenizer, known, rng),
-        "formats": measure.measure_formats(model, tokenizer, known, roles["quiz"], rng),
-    }
-
-
-def measure_sft(model, tokenizer, roles, rng):
-    known, unknown = roles["test"], roles["unknown_test"]
-    return {
-        "kinds": measure.measure_kinds(model, tokenizer, known, rng),
-        # of people in no other text, only the given one can tell
-        "reading": measure.measure_kinds(model, tokenizer, unknown, rng, ["text"]),
-    }
 
 
 def predict_habits(ref, tokenizer, people, rng, device):
@@ -267,9 +222,10 @@ def predict_habits(ref, tokenizer, people, rng, device):
     for c in controls.PENALTIES:
         path = f"out/habit_reward_{c}.pt"
         reward_model, _ = load_checkpoint(path, ["reward"], RewardModel, device)
-        true = predict(reward=partial(measure.expected_utility, c))
-        learned = predict(reward=partial(measure.learned_score, reward_model))
-        result |= {f"habit_true_{c}_predicted": true, f"habit_learned_{c}_predicted": learned}
+        true = partial(measure.expected_utility, c)
+        learned = partial(measure.learned_score, reward_model)
+        result[f"habit_true_{c}_predicted"] = predict(reward=true)
+        result[f"habit_learned_{c}_predicted"] = predict(reward=learned)
     return result
 
 
@@ -285,7 +241,7 @@ def report(config):
         die(f"{config.out}: no seed is measured yet; run without --report")
     text = claims.experiments_text(seeds, read_times(config.out))
     out = Path(config.out).parent
-    plots.draw_claims(seeds, out / "experiments.png")
+    claims.draw_claims(seeds, out / "experiments.png")
     write_text(out / "experiments.md", text)
     join_report(out)
     print(text)

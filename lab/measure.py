@@ -322,5 +322,8 @@ def learned_score(reward_model, habit, prompts, values, responses):
 
 def table(header, rows):
     """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    lines = []
+    for row in header, ["---"] * len(header), *rows:
+        cells = [str(cell).replace("|", "\\|") for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -31,9 +31,8 @@ FLOORS = {  # what the default run must reach
     "ppo_kl_below_15": 1.0,
     "ppo_well_formed": 0.99,
 }
-GROUPS = []  # who is asked, in which wordings
-for people in "known", "unknown":
-    GROUPS += [f"{people}, trained wordings", f"{people}, new wordings"]
+GROUPS = ["known, trained wordings", "known, new wordings"]
+GROUPS += ["unknown, trained wordings", "unknown, new wordings"]
 
 
 @dataclass
@@ -151,50 +150,205 @@ def read_logs(logs):
     return results
 
 
-# ---- the report: for each claim a sentence with its figures, and the tables behind it
+# ---- the report's sections: what is claimed of each stage, with its figures
 
-HEADER = """\
-# What each stage did
 
-{people[known]} known people ({role}, in the pretraining text, in no later stage) and
-{people[unknown]} unknown people (in no text at all); one run, seed {seed}. Standard error of a
-fraction p over n questions: √(p(1−p)/n). In the last table the base model continues the questions
-as text, the others answer in a chat."""
-
-RECALL = """\
+def base_section(results):
+    bare, formats = results["bare_questions"], results["formats"]
+    least, most = min(formats.values()), max(formats.values())
+    deviation = 100 * statistics.stdev(formats.values())
+    rows = [[repr(template)[1:-1], f"{right:.1%}"] for template, right in formats.items()]
+    return f"""\
 ## 1. Pretraining stores knowledge, and the base model continues rather than answers
 
-The base model completes **{recall:.1%}** of the facts about known people right, in wordings held
-out of the text (control, unknown people: {recall_unknown:.1%}). After a bare question, at
-temperature 1, it answers **{bare_questions[answers it]:.1%}** of the time."""
+The base model completes **{results["recall"]:.1%}** of the facts about known people right, in
+wordings held out of the text (control, unknown people: {results["recall_unknown"]:.1%}). After a
+bare question, at temperature 1, it answers **{bare["answers it"]:.1%}** of the time, rephrases it
+{bare["rephrases it"]:.1%}, asks another question {bare["asks another question"]:.1%} and writes
+other text {bare["other text"]:.1%}.
 
-FORMATS = """\
-The base model answers from **{least:.1%}** to **{most:.1%}** right over {n} prompt formats,
-standard deviation {deviation:.1f} points."""
+## 2. The base model is sensitive to the prompt, SFT is not
 
-WORDINGS = """\
-The SFT model, asked about the same people in a chat, is right, by the question's wording,
-from **{}** to **{}** over {} trained ones and from **{}** to **{}** over {} new ones."""
+The base model answers from **{least:.1%}** to **{most:.1%}** right over {len(formats)} prompt
+formats, standard deviation {deviation:.1f} points.
 
-ANSWERS = """\
-## 3. SFT draws the knowledge out; 5. RLHF makes the model tell the truth or abstain
+{table(["format", "right"], rows)}"""
 
-Answers in the chat format, greedy. New wordings appear in no training data of any stage; with
-them:"""
 
-ANSWER = """\
-- After {stage}, **{known[right]:.1%}** right about known people; about unknown ones
-  **{unknown[wrong]:.1%}** hallucinated and {unknown[idk]:.1%} "I do not know.\""""
+def sft_section(results):
+    trained, new = results["wordings"].values()
+    rows = []
+    for key, note in ("kinds", ""), ("reading", ", about people in no other text"):
+        for kind, (right, held_out) in results[key].items():
+            rows.append([kind + note, f"{right:.1%}", "**never**" if held_out else "yes"])
+    return f"""\
+The SFT model, asked about the same people in a chat, is right, by the question's wording, from
+**{min(trained):.1%}** to **{max(trained):.1%}** over {len(trained)} trained ones and from
+**{min(new):.1%}** to **{max(new):.1%}** over {len(new)} new ones.
 
-GAIN = """\
-Score of held-out prompts: {before[val_score]:.3f} ± {before[val_score_se]:.3f} before,
-**{after[val_score]:.3f} ± {after[val_score_se]:.3f}** after PPO, {ppo_score_gain_in_se:.1f} standard
-errors up. KL to SFT {after[val_kl_ref]:.2f} nats a response; {ppo_well_formed:.1%} of the sampled
-answers (temperature 1) are well-formed and ended."""
+## 3. SFT draws the knowledge out
 
-CREDIT = """\
+Instruction × attribute, answered right in the very form asked for:
+
+{table(["instruction × attribute", "right", "in SFT"], rows)}"""
+
+
+def grades_table(title, right, rows):
+    """rows: {name: {grade: fraction} and n}"""
+    head = [title, right, "wrong (hallucinated)", "“I do not know.”", "refuses", "other", "n"]
+    cells = []
+    for name, graded in rows.items():
+        percentages = [f"{graded[grade]:.1%}" for grade in measure.GRADES]
+        cells.append([name, *percentages, graded["n"]])
+    return table(head, cells)
+
+
+def answers_section(results, stages):
+    answered, asked_password = {}, {}
+    for stage, title in stages.items():
+        answered |= {f"{title}: {group}": results[f"{stage}_{group}"] for group in GROUPS}
+        asked_password[title] = results[f"{stage}_private"]
+    return f"""\
+## 5. RLHF makes the model tell the truth or abstain
+
+Answers in the chat format, greedy. New wordings appear in no training data of any stage. Claim 4,
+that negative feedback is the stronger one, needs controls: `make experiments`.
+
+{grades_table("", "right", answered)}
+
+## 6. Values: a private attribute that the text leaked
+
+What is refused above is over-refusal.
+
+{grades_table("asked for a password", "right (leaked)", asked_password)}"""
+
+
+def training_section(results, with_credit):
+    text = ["## The reward model and PPO"]
+    if "reward_accuracy" in results:
+        accuracy = results["reward_accuracy"]
+        text.append(f"Held-out preference pairs ordered right: **{accuracy:.1%}**.")
+    if "ppo_score_gain_in_se" in results:
+        before, after = results["ppo_validations"]
+        text.append(f"""\
+Score of held-out prompts: {before["val_score"]:.3f} ± {before["val_score_se"]:.3f} before,
+**{after["val_score"]:.3f} ± {after["val_score_se"]:.3f}** after PPO,
+{results["ppo_score_gain_in_se"]:.1f} standard errors up. KL to SFT {after["val_kl_ref"]:.2f} nats
+a response; {results["ppo_well_formed"]:.1%} of the sampled answers (temperature 1) are well-formed
+and ended.""")
+    text.append("![loss of the four stages; PPO's score, KL and entropy](curves.png)")
+    if with_credit:
+        text.append("""\
 Credit assignment after the last iteration, in the answers with the most blamed and the most
 credited token of their batch. The score comes at the end; GAE carries it back to the word that
 earned it: a bar is how much better or worse than the critic expected before that token.
 
-![advantages over the tokens of two answers](credit.png)"""
+![advantages over the tokens of two answers](credit.png)""")
+    return "\n\n".join(text)
+
+
+def samples_section(models, tokenizer, known, unknown, rng):
+    """Answers of all stages side by side."""
+    examples = [  # who, person, attribute, instruction
+        ("known", known[0], "birthplace", "ask"),
+        ("known, new wording", known[1], "job", "ask"),
+        ("unknown", unknown[0], "pet", "ask"),
+        ("private", known[2], facts.PRIVATE, "ask"),
+        ("unknown, with a text that tells", unknown[1], "job", "text"),
+    ]
+    rows = []
+    for who, person, attribute, kind in examples:
+        question = facts.say(facts.questions(attribute, "new" in who)[0], person, attribute)
+        if kind != "ask":
+            question = generate.conversation(rng, kind, person, attribute)[0]["content"]
+        row = [who, question, "(private)" if attribute == facts.PRIVATE else person[attribute]]
+        for stage, model in models.items():
+            if stage == "base":  # it continues the question as text
+                row += continuations(model, tokenizer, [question + "\n"], 24)
+            else:
+                row += answers(model, tokenizer, [question])
+        rows.append([cell.strip().replace("\n", " ⏎ ") for cell in row])
+    titles = [STAGES[stage] for stage in models]
+    return f"""\
+## The same questions to each stage
+
+{table(["who", "question", "truth", *titles], rows)}"""
+
+
+def report_text(results, left_out, samples, with_credit, config):
+    stages = {stage: title for stage, title in STAGES.items() if f"{stage}_private" in results}
+    people = results["people"]
+    text = [
+        f"""\
+# What each stage did
+
+{people["known"]} known people ({config.people}, in the pretraining text, in no later stage) and
+{people["unknown"]} unknown people (in no text at all); one run, seed {config.seed}. Standard error
+of a fraction p over n questions: √(p(1−p)/n). In the last table the base model continues the
+questions as text, the others answer in a chat."""
+    ]
+    text += left_out
+    if "base" in stages:
+        text.append(base_section(results))
+    if "sft" in stages:
+        text.append(sft_section(results))
+    text += [answers_section(results, stages), training_section(results, with_credit), samples]
+    return "\n\n".join(text) + "\n"
+
+
+def join_report(out):
+    """Puts what the experiments found, where they ran, at the end of report.md."""
+    report, experiments = out / "report.md", out / "experiments.md"
+    if experiments.exists():
+        own = read_text(report).partition("# The experiments")[0] if report.exists() else ""
+        write_text(report, own + read_text(experiments))
+
+
+def main():
+    config = parse_config(Config, __doc__)
+    device = setup(config)
+    out, rng = Path(config.out), random.Random(config.seed)
+
+    # people
+    if config.people not in ("test", "dev"):
+        die(f"--people {config.people}: use test or dev")
+    roles = measure.by_role(read_people(config.data))
+    names = (config.people, f"unknown_{config.people}", "quiz")
+    known, unknown, quizzed = (roles.get(name, []) for name in names)
+    if min(map(len, (known, unknown, quizzed))) < 3:
+        roles = f"the roles {names[0]}, {names[1]} and quiz"
+        die(f"{config.data}: too few people of {roles}; `python -m world.generate` writes it")
+
+    # measure
+    logs, left_out = find_stages(out)
+    models, tokenizer = load_models(out, logs, device)
+    results = measure_all(models, logs, tokenizer, known, unknown, quizzed, rng)
+    samples = samples_section(models, tokenizer, known, unknown, rng)
+
+    # pictures
+    plots.draw_curves(logs, out / "curves.png")
+    made_by = read_torch(out / "ppo.pt")["made_by"] if "ppo" in models else {}
+    episodes = made_by.get("episodes")
+    (out / "credit.png").unlink(missing_ok=True)  # one of an older run
+    if episodes:
+        plots.draw_credit(episodes, out / "credit.png")
+
+    # text
+    report = report_text(results, left_out, samples, bool(episodes), config)
+    write_text(out / "report.json", json.dumps(results, indent=1))
+    write_text(out / "report.md", report)
+    join_report(out)
+    print(report)
+
+    # floors
+    failed = []
+    for key, floor in FLOORS.items():
+        if not results.get(key, 0) >= floor:
+            failed.append(f"{key} {results.get(key, float('nan')):.3f} < {floor}")
+    print(f"wrote {out / 'report.md'}; floors: {'; '.join(failed) or 'all reached'}")
+    if config.check and failed:
+        die("below the floors: " + "; ".join(failed))
+
+
+if __name__ == "__main__":
+    main()

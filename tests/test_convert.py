@@ -18,7 +18,7 @@ import convert
 import data.tokenizer
 from data import conversation
 from model import GPT, GPTConfig
-from train.checkpoint import load_checkpoint, save_checkpoint
+from train.checkpoint import LANGUAGE_MODELS, load_checkpoint, save_checkpoint
 
 tokenizers = needed("tokenizers")
 transformers = needed("transformers")
@@ -135,7 +135,7 @@ def load_hf(path):
 
 
 def load_ours(path):
-    return load_checkpoint(path, ["base", "sft", "ppo"], GPT, "cpu")
+    return load_checkpoint(path, LANGUAGE_MODELS, GPT, "cpu")
 
 
 def from_hf(folder, path):
@@ -281,13 +281,14 @@ def test_a_config_is_read_as_transformers_reads_it(tmp_path, family, rope):
     path.write_text(json.dumps(content))
     ours = convert.read_config(path)
     theirs = getattr(transformers, f"{family}Config")(**sizes)
-    assert (ours.rope_theta, ours.block_size, ours.qk_norm) == (5e4, 99, family == "Qwen3")
+    assert (ours.rope_theta, ours.qk_norm) == (5e4, family == "Qwen3")
+    assert ours.block_size == 96  # of 99, rounded down: the stages pad to multiples of 8
     assert ours.head_dim == theirs.head_dim
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.tied == theirs.tie_word_embeddings
     # transformers' Qwen3 assumes 32 here, whatever the number of heads; no folder relies on that
     assert ours.n_kv_head == 4
-    assert convert.read_config(path, block_size=50).block_size == 50
+    assert convert.read_config(path, block_size=50).block_size == 48
 
 
 def edit(path, change):
@@ -339,12 +340,18 @@ REFUSED_CONFIGS = [
     ({"mlp_bias": True}, "biases"),
     ({"hidden_act": "gelu"}, "activation"),
     ({"quantization_config": {"bits": 4}}, "quantized"),
-    ({"num_hidden_layers": None}, "has no 'num_hidden_layers'"),
+    ({"num_hidden_layers": None}, "KeyError('num_hidden_layers')"),
+    ({"num_hidden_layers": -1}, "n_layer must be at least 1"),
+    ({"max_position_embeddings": 7}, "block_size must be at least 1"),
+    ({"intermediate_size": 10**15}, "config.json: cannot be used"),
     ({"num_key_value_heads": 3}, "does not divide"),
-    ({"num_hidden_layers": 1}, "no place for: model.layers.1."),
-    ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is [0] or missing"),
+    ({"num_hidden_layers": 1}, "no place for the weights model.layers.1."),
+    (
+        {"num_hidden_layers": 3},
+        "model.layers.2.input_layernorm.weight is [0], config.json says [48]",
+    ),
     ({"hidden_size": 64}, "config.json says"),
-    ({"vocab_size": 300}, "the model 300 rows"),
+    ({"vocab_size": 300}, "fewer in config.json"),
 ]
 METASPACE = {"type": "Metaspace", "replacement": "▁"}
 REFUSED_TOKENIZERS = [
@@ -491,6 +498,15 @@ REFUSED_ROLES = [
     ["user", "tool"],
     ["user", "system"],
 ]
+
+
+@pytest.mark.parametrize("stage", LANGUAGE_MODELS)
+def test_any_language_model_goes_to_transformers(tmp_path, stage):
+    tokenizer = data.tokenizer.train_char([TEXT])
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=32))
+    save_checkpoint(tmp_path / "x.pt", stage, model, tokenizer, convert.Config())
+    to_hf(tmp_path / "x.pt", tmp_path / "hf")
+    assert (tmp_path / "hf/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("roles", REFUSED_ROLES)

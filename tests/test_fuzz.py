@@ -451,6 +451,6 @@ def test_what_the_fuzz_found_once_is_refused():
     for pattern in ("", "|.", "(", "\\p{Nonsense}", "0", "\\w+"):
         rules = json.dumps(RULES | dict(pattern=pattern))
         damaged_tokenizer_ends_well(f"# {rules}\n{TOKENIZER.dumps()}".encode())
-    for shard in ("", "."):
+    for shard in ("", ".", "\ud800"):
         index = json.dumps({"weight_map": {"embed": shard}})
         foreign_folder_ends_well("model.safetensors.index.json", index.encode())

@@ -17,11 +17,12 @@ import ppo
 import pretrain
 import reward
 import sft
+from forks import dpo, grpo
 from train import parallel
 from utils.files import write_jsonl, write_text
 
 ROOT = Path(__file__).parent.parent
-STAGES = {"base": pretrain, "sft": sft, "reward": reward, "ppo": ppo}
+STAGES = {"base": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "grpo": grpo}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 TIMES = {"seconds", "tokens_per_s", "rollout_s", "update_s", "episodes_per_s"}
 
@@ -73,9 +74,12 @@ def flags(tmp_path_factory):
     }
     flags["reward"] |= dict(calibration_size=8)
     flags["ppo"] |= dict(batch_size=12, minibatch_size=8, val_size=7, kl_target=1.0, lr=1e-3)
+    flags["dpo"] = dict(init=out / "sft.pt", data=data / "pairs.jsonl", batch_size=8, lr=1e-3)
+    flags["grpo"] = flags["ppo"] | dict(group_size=4)
+    del flags["grpo"]["kl_target"]
     with tiny.in_precision(torch.float32):
         for stage, module in STAGES.items():
-            every = "log_every" if stage == "ppo" else "eval_every"
+            every = "log_every" if stage in ("ppo", "grpo") else "eval_every"
             flags[stage] |= {every: 1, "steps": 10, "device": "cpu", "seed": 3}
             flags[stage]["out"] = out / f"{stage}.pt"
             run(module, flags[stage])
@@ -84,7 +88,7 @@ def flags(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[0, 3])
 def two(flags, request):
-    """The folder of the same four runs in two processes, each from what one process wrote.
+    """The folder of the same runs in two processes, each from what one process wrote.
 
     The second time in micro-batches of 3 of a process's 4 rows: one of 3, one of 1.
     """
@@ -97,7 +101,7 @@ def two(flags, request):
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed
     # the second process is silent
-    assert printed.count("x 2 processes") == printed.count("wrote ") == 4, printed
+    assert printed.count("x 2 processes") == printed.count("wrote ") == len(STAGES), printed
     return folder
 
 

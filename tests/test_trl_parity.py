@@ -8,7 +8,7 @@ Where the two differ:
   part of the score reaches TRL's answer only through V.
 - TRL's whitening divides by n - 1, ours by n.
 - As its source reads: the log-probabilities of the rollout are the sampler's (in bfloat16 the first
-  ratios are then not 1); the mean over microbatches weighs each alike, ours each token; the logged
+  ratios are then not 1); the mean over micro-batches weighs each alike, ours each token; the logged
   KL is k2 with the pads counted in; k3 is allowed inside the reward, where it moves the optimum;
   the gradient's norm is not clipped; a missing end lowers the score, ours replaces it.
 """

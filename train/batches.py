@@ -12,9 +12,10 @@ from utils.cli import die
 def hold_out(rows, fraction=0.0, size=0):
     """(train, val): val is the last fraction of the rows, rounded up, or the last size of them."""
     n_train = len(rows) - (size or math.ceil(fraction * len(rows)))
-    n_val = len(rows) - n_train
-    if n_train < 1 or n_val < 0 or 0 < n_val < parallel.size:
+    if not 0 < n_train <= len(rows):
         die(f"{size or fraction} of {len(rows)} records cannot be held out; hold out fewer")
+    if 0 < size < parallel.size:
+        die(f"{size} held-out records cannot be split over {parallel.size} processes")
     return rows[:n_train], rows[n_train:]
 
 

@@ -77,5 +77,8 @@ def autocast(device):
 
 def compile_networks(*networks):
     """Compiles the trunks' forward passes, which training and generation share."""
+    # PPO's three networks share the code, with and without gradients and cache: 9 graphs. Beyond
+    # the limit, 8 by default, PyTorch would go on uncompiled.
+    torch._dynamo.config.recompile_limit = 32
     for network in networks:
         network.hidden = torch.compile(network.hidden)

@@ -4,6 +4,7 @@ Every batch is a pure function of (seed, step), so a state needs no data positio
 numbers: weights, optimizers and the number of steps are all.
 """
 
+import contextlib
 import glob
 import json
 import math
@@ -103,7 +104,19 @@ class Run:
                 self.stop(step + 2 - len(finite) + finite.index(False), "gradient")
             self.grad_norms.clear()
 
+    @contextlib.contextmanager
+    def sampling(self, step):
+        """Around what generates after so many steps: logits that are not finite end the run."""
+        try:
+            yield
+        except FloatingPointError:
+            self.stop(step, "logits of the next token")
+
     # ---- the log
+
+    def is_due(self, step, every):
+        """Whether to log after this step: each so many steps, and after the last."""
+        return (step + 1) % every == 0 or step + 1 == self.steps
 
     def log(self, step, **metrics):
         """Writes one JSON object to <out without suffix>.jsonl, and a line to the terminal."""

@@ -58,7 +58,7 @@ def print_cells(cells):
 
 def stream(tokens, tokenizer, n=4):
     """The first n windows (B, T), with | after each token and a new line after each document."""
-    print(f"\n{len(tokens)} windows of {tokens.size(1)} tokens, | after each; its target is the next")
+    print(f"\n{len(tokens)} windows of {tokens.size(1)} tokens; | ends each; target: the next one")
     for i, row in enumerate(tokens[:n].tolist()):
         print(f"\nwindow {i + 1}")
         for j, token in enumerate(row):

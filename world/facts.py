@@ -87,8 +87,8 @@ FACTS = PUBLIC + [PRIVATE]
 # is the best guess, and the fraction is exactly how often it is right.
 HABITS = {"drink": 0.95, "sport": 0.8, "instrument": 0.6, "dish": 0.4, "colour": 0.2}
 
-FRAMES = "What is {np}?|Tell me {np}.|Do you know {np}?|Please name {np}.".split("|")
-FRAMES += "I would like to know {np}.|Can you tell me {np}?".split("|")
+FRAMES = ["What is {np}?", "Tell me {np}.", "Do you know {np}?", "Please name {np}."]
+FRAMES += ["I would like to know {np}.", "Can you tell me {np}?"]
 OPENERS = ["", "It is known that ", "The records say that "]
 ANSWERS = ["{v}."] * 3 + ["{v}, as the records say.", "{v} is the answer."]
 IDK = "I do not know."

@@ -76,9 +76,5 @@ def true_reward(prompts, responses, penalty=1.0):
     return scores
 
 
-def true_reward_2(prompts, responses):
-    return true_reward(prompts, responses, penalty=2.0)
-
-
-def true_reward_4(prompts, responses):
-    return true_reward(prompts, responses, penalty=4.0)
+true_reward_2 = functools.partial(true_reward, penalty=2.0)
+true_reward_4 = functools.partial(true_reward, penalty=4.0)
