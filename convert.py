@@ -246,6 +246,8 @@ def read_weights(folder):
         shards = sorted(set(read_json(index)["weight_map"].values()))
     weights = {}
     for path in (folder / shard for shard in shards):
+        if not path.is_file():  # nor a name that no file can have: safetensors would panic
+            die(f"{path}: no such file; download it as safetensors (a pickled .bin could run code)")
         try:
             weights |= safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError) as e:
@@ -296,6 +298,14 @@ def from_hf(folder, config):
 
 
 # ---- ours -> theirs
+
+
+def hf_weights(model):
+    """{their name: weight}, without the padded rows; a tied matrix once."""
+    weights = {hf_name(name): parameter.data for name, parameter in model.named_parameters()}
+    for name in weights.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
+        weights[name] = weights[name][: model.config.vocab_size].clone()  # (V, C)
+    return weights
 
 
 def config_json(config):
@@ -361,10 +371,6 @@ def atomic_folder(path):
 
 def to_hf(path, model, tokenizer):
     """Writes the folder that AutoModelForCausalLM and AutoTokenizer load."""
-    # names a tied matrix once
-    weights = {hf_name(name): parameter.data for name, parameter in model.named_parameters()}
-    for name in weights.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
-        weights[name] = weights[name][: tokenizer.vocab_size].clone()  # (V, C), without the padding
     ids = dict(bos_token_id=None, eos_token_id=tokenizer.end, pad_token_id=tokenizer.pad)
     files = {
         "config.json": config_json(model.config) | ids,
@@ -383,7 +389,7 @@ def to_hf(path, model, tokenizer):
         for name, content in files.items():
             write_text(folder / name, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
         file = folder / "model.safetensors"
-        safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+        safetensors.torch.save_file(hf_weights(model), file, metadata={"format": "pt"})
         shutil.copymode(folder / "config.json", file)  # safetensors lets its owner alone read it
     print(f"wrote {path}")
 

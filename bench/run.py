@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -43,89 +44,59 @@ class Config:
     seed: int = 0  # weights and batches
 
 
-# What grows, all other sizes staying the same: on a CPU, on a GPU, with --quick.
-GROWTH = {
-    "n_embd": [(128, 256, 512), (384, 768, 1536), (16, 32)],
-    "n_layer": [(3, 6, 12), (6, 12, 24), (1, 2)],
-    "T": [(64, 128, 256, 512), (256, 512, 1024, 2048), (8, 16)],
-    "vocab_size": [(512, 2048, 8192, 50304), (512, 2048, 8192, 50304), (100, 300)],
-    "cache": [(128, 256, 512, 1024), (256, 1024, 4096), (32, 64)],
-    "batch": [(32, 64, 128, 256), (32, 64, 128, 256), (2, 4)],
-    "new_tokens": [(8, 16, 32, 64), (16, 32, 64, 128), (2, 4)],
+# What is measured: on a CPU, on a GPU, with --quick.
+GPT2 = dict(vocab_size=50304, n_layer=12, n_head=12, n_embd=768)
+TINY = dict(vocab_size=300, n_layer=2, n_head=2, n_embd=32)
+PPO = dict(batch=128, minibatch=64, epochs=4, prompt=16, new_tokens=16)
+TINY_PPO = dict(batch=4, minibatch=2, epochs=1, prompt=4, new_tokens=4)
+SIZES = {
+    "model": (dict(vocab_size=2048, n_layer=6, n_head=4, n_embd=256), GPT2, TINY),
+    "T": (128, 1024, 16),
+    "batch": (32, 32, 2),
+    "attention_T": ((128, 1024), (1024, 4096), (16,)),
+    # (batch, prompt, new tokens)
+    "generation": ([(32, 32, 96)], [(64, 128, 384), (512, 128, 384)], [(2, 4, 4)]),
+    "ppo_model": (dict(vocab_size=2048, n_layer=4, n_head=4, n_embd=192), GPT2, TINY),
+    "ppo": (PPO, PPO, TINY_PPO),
 }
-
-
-@dataclass
-class Sizes:
-    """What the rows measure on one kind of machine."""
-
-    model: dict  # fields of GPTConfig
-    ppo_model: dict
-    ppo: dict
-    generation: tuple  # (batch, prompt, new tokens)
-    attention_T: tuple
-    T: int
-    batch: int
-    growth: dict  # {axis: values}
-
-
-CPU = Sizes(
-    model=dict(vocab_size=2048, n_layer=6, n_head=4, n_embd=256),
-    ppo_model=dict(vocab_size=2048, n_layer=4, n_head=4, n_embd=192),
-    ppo=dict(batch=128, minibatch=64, epochs=4, prompt=16, new_tokens=16),
-    generation=((32, 32, 96),),
-    attention_T=(128, 1024),
-    T=128,
-    batch=32,
-    growth={axis: values[0] for axis, values in GROWTH.items()},
-)
-GPU = Sizes(
-    model=dict(vocab_size=50304, n_layer=12, n_head=12, n_embd=768),
-    ppo_model=dict(vocab_size=50304, n_layer=12, n_head=12, n_embd=768),
-    ppo=dict(batch=128, minibatch=64, epochs=4, prompt=16, new_tokens=16),
-    generation=((64, 128, 384), (512, 128, 384)),
-    attention_T=(1024, 4096),
-    T=1024,
-    batch=32,
-    growth={axis: values[1] for axis, values in GROWTH.items()},
-)
-QUICK = Sizes(
-    model=dict(vocab_size=300, n_layer=2, n_head=2, n_embd=32),
-    ppo_model=dict(vocab_size=300, n_layer=2, n_head=2, n_embd=32),
-    ppo=dict(batch=4, minibatch=2, epochs=1, prompt=4, new_tokens=4),
-    generation=((2, 4, 4),),
-    attention_T=(16,),
-    T=16,
-    batch=2,
-    growth={axis: values[2] for axis, values in GROWTH.items()},
-)
+# What grows, all other sizes staying the same.
+GROWTH = {
+    "n_embd": ((128, 256, 512), (384, 768, 1536), (16, 32)),
+    "n_layer": ((3, 6, 12), (6, 12, 24), (1, 2)),
+    "T": ((64, 128, 256, 512), (256, 512, 1024, 2048), (8, 16)),
+    "vocab_size": ((512, 2048, 8192, 50304), (512, 2048, 8192, 50304), (100, 300)),
+    "cache": ((128, 256, 512, 1024), (256, 1024, 4096), (32, 64)),
+    "batch": ((32, 64, 128, 256), (32, 64, 128, 256), (2, 4)),
+    "new_tokens": ((8, 16, 32, 64), (16, 32, 64, 128), (2, 4)),
+}
 
 
 def rounded(x):
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-@dataclass
-class Row:
-    """One line of the report."""
-
-    work: str
-    against: str
-    seconds: tuple  # of the same work: ours, theirs
-    goal: float  # times as fast
-    amount: float = 1  # of units in the work
-    unit: str = "s"  # "s": the seconds themselves are shown
-    note: str = ""
-
-    def __str__(self):
-        shown = [s if self.unit == "s" else self.amount / s for s in self.seconds]
-        figures = " | ".join(f"{rounded(x)} {self.unit}" for x in shown)
-        ours, theirs = self.seconds
-        ratio = f"**{theirs / ours:.2f}×** | {self.goal}×"
-        return f"| {self.work} | {self.against} | {figures} | {ratio} | {self.note} |"
+def table_line(cells):
+    return f"| {' | '.join(cells)} |"
 
 
-# ---- the rows
+# ---- the rows: lines of the table, or a list item that says why one is left out
+
+
+def row(work, against, seconds, goal, amount=1, unit="s", note=""):
+    """The line of ours and of theirs, in seconds for an amount of units; goal: times as fast."""
+    ours, theirs = seconds
+    shown = [s if unit == "s" else amount / s for s in seconds]
+    figures = [f"{rounded(x)} {unit}" for x in shown]
+    return table_line([work, against, *figures, f"**{theirs / ours:.2f}×**", f"{goal}×", note])
+
+
+def per_second(rate, unit, device):
+    """A note: FLOP or bytes a second, and how near a Hopper GPU comes to its peak of them."""
+    if device.type != "cuda":
+        return f"{rate / 1e12:.3g} T{unit}/s"
+    bandwidth = 4.8e12 if "H200" in torch.cuda.get_device_name() else 3.35e12
+    peak = 989e12 if unit == "FLOP" else bandwidth  # in bfloat16
+    return f"{rate / 1e12:.3g} T{unit}/s, {rate / peak:.0%} of {peak / 1e12:g}"
 
 
 def run_steps(step, batch, n):
@@ -137,25 +108,23 @@ def pretraining_rows(s, config, device):
     """Tokens a second of pretrain.py's step and of the plain one, on the same batch."""
     on_gpu, n_steps = device.type == "cuda", 4
     batch = sides.random_batch(s.model, s.T, s.batch, device)
-    steppers = {
-        "plain": sides.plain_stepper(s.model, s.T, device),
-        "Muon": sides.our_stepper(s.model, s.T, device),
-        "AdamW": sides.our_stepper(s.model, s.T, device, muon_lr=0.0),
-    }
-    turns = {name: partial(run_steps, step, batch, n_steps) for name, (_, step) in steppers.items()}
+    model, adamw = sides.our_stepper(s.model, s.T, device, muon_lr=0.0)
+    steps = {"AdamW": adamw, "Muon": sides.our_stepper(s.model, s.T, device)[1]}
+    steps["plain"] = sides.plain_stepper(s.model, s.T, device)[1]
+    turns = {name: partial(run_steps, step, batch, n_steps) for name, step in steps.items()}
     seconds = sides.take_turns(config.repetitions, turns)
 
     # 6 FLOP a parameter and token, and 12 T C a layer for attention (PaLM, appendix B)
     n_layer, C, amount = s.model["n_layer"], s.model["n_embd"], s.batch * s.T * n_steps
-    flops = amount * (6 * steppers["AdamW"][0].n_params() + 12 * n_layer * s.T * C)
+    flop = amount * (6 * model.n_params() + 12 * n_layer * s.T * C)
 
     work = f"pretraining step, {n_layer} layers, {C} wide, T {s.T}, batch {s.batch}"
     against = f"plain GPT, SDPA, {'bfloat16, compiled' if on_gpu else 'float32'}, AdamW"
     goal = 1.0 if on_gpu else 2.5
     for name in ("AdamW", "Muon"):
-        times, speed = (seconds[name], seconds["plain"]), flops / seconds[name]
-        note = f"{speed / 1e12:.3g} TFLOP/s" + f", MFU {speed / 989e12:.0%} of 989" * on_gpu
-        yield Row(f"{work}, {name}", against, times, goal, amount, "tokens/s", note)
+        times = (seconds[name], seconds["plain"])
+        note = per_second(flop / seconds[name], "FLOP", device)
+        yield row(f"{work}, {name}", against, times, goal, amount, "tokens/s", note)
 
 
 def sdpa(q, k, v, _):
@@ -175,21 +144,22 @@ def attention_rows(s, config, device):
         kind = dict(device=device, dtype=torch.bfloat16, requires_grad=True)
         q, k, v = (torch.randn(B, H, T, D, **kind) for _ in range(3))
         inputs = (q, k, v, causal_mask(torch.arange(T, device=device), T))
-        turns = {
-            "ours": partial(forward_and_backward, by_hand, *inputs),
-            "sdpa": partial(forward_and_backward, sdpa, *inputs),
-        }
+        functions = {"ours": by_hand, "sdpa": sdpa}
+        turns = {name: partial(forward_and_backward, f, *inputs) for name, f in functions.items()}
         seconds = sides.take_turns(config.repetitions, turns)
-        times = (seconds["ours"], seconds["sdpa"])
-        work = f"attention forward and backward, T {T}"
-        yield Row(work, "SDPA", times, 0.9, B * T, "tokens/s", "bfloat16")
+        work, times = f"attention forward and backward, T {T}", tuple(seconds.values())
+        yield row(work, "SDPA", times, 0.9, B * T, "tokens/s", "bfloat16")
 
 
 def shakespeare_rows(s, config, device):
     """Seconds of training, 50 steps in turn, to the loss of nanoGPT's configuration for CPUs."""
+    folder = Path(config.shakespeare)
+    if not folder.exists():
+        yield f"- Shakespeare: left out, no --shakespeare {folder}; python -m data.fetch makes it"
+        return
     goal, chunk = (1.88, 50) if not config.quick else (10.0, 2)
-    T, B, folder = 64, 12, config.shakespeare
-    tokenizer = data.tokenizer.load(Path(folder) / "tokenizer.tiktoken")
+    T, B = 64, 12
+    tokenizer = data.tokenizer.load(folder / "tokenizer.tiktoken")
     train, val = (load_stream(folder, name, tokenizer, T) for name in ("train", "val"))
     windows = pretrain.Windows(train, T, B, config.seed, folder)
 
@@ -212,37 +182,14 @@ def shakespeare_rows(s, config, device):
                 del waiting[name]
             elif steps[name] >= 4000:
                 die(f"--shakespeare {folder}: {name} not at {goal} in 4000 steps; fetch it anew")
-    work, times = f"tiny Shakespeare to validation loss {goal}", (seconds["ours"], seconds["plain"])
+    work, times = f"tiny Shakespeare to validation loss {goal}", tuple(seconds.values())
     note = f"{steps['ours']} and {steps['plain']} steps of {B} × {T}"
-    yield Row(work, "plain GPT", times, 4.0, note=note)
-
-
-def fraction_of_bandwidth(tokens_per_s, model, B, length):
-    """How near generation comes to reading all weights and the cache once a step."""
-    bandwidth = 4.8e12 if "H200" in torch.cuda.get_device_name() else 3.35e12
-    c = model.config
-    cache = 2 * 2 * c.n_layer * c.n_kv_head * c.head_dim * length  # bytes a row, bfloat16
-    bound = B * bandwidth / (2 * model.n_params() + B * cache)
-    return f"{tokens_per_s / bound:.0%} of what {bandwidth / 1e12:g} TB/s allow"
-
-
-def transformers_turns(model, prompts, n):
-    """{precision: function}: transformers' generate with our weights, if it is installed."""
-    how = dict(do_sample=True, top_k=0, max_new_tokens=n, pad_token_id=0)
-    how["attention_mask"] = torch.ones_like(prompts)
-    if prompts.is_cuda:
-        how["cache_implementation"] = "static"
-    try:
-        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        twins = {name: sides.transformers_twin(model, dtype) for name, dtype in dtypes.items()}
-    except ImportError:
-        return {}
-    return {name: partial(twin.generate, prompts, **how) for name, twin in twins.items()}
+    yield row(work, "plain GPT", times, 4.0, note=note)
 
 
 def generation_rows(s, config, device):
     """Tokens a second of model.generate; of both models without a cache; of transformers."""
-    on_gpu = device.type == "cuda"
+    precision = "bfloat16" if device.type == "cuda" else "float32"
     for B, P, n in s.generation:
         model = sides.our_gpt(s.model, P + n, device).eval()
         plain = sides.PlainGPT(**s.model, block_size=P + n).to(device).eval()
@@ -253,80 +200,75 @@ def generation_rows(s, config, device):
             "recompute": partial(sides.generate_without_cache, model, prompts, n),
             "plain": partial(sides.generate_without_cache, plain, prompts, n, **as_nanogpt),
         }
-        twins = transformers_turns(model, prompts, n)
+        twins = sides.transformers_turns(model, prompts, n)
         seconds = sides.take_turns(config.repetitions, turns | twins)
 
         work = f"generation, batch {B}, {P} + {n} tokens"
-        precision = "bfloat16" if on_gpu else "float32"
         peers = {"plain": (f"plain GPT, {precision}, without a cache", 25)}
         peers["recompute"] = ("the same without a cache", 25)
         if twins:
             best = min(twins, key=seconds.get)
             peers[best] = (f"transformers, {best}, the faster", 3)
-        speed = B * n / seconds["ours"]
-        note = fraction_of_bandwidth(speed, model, B, P + n / 2) if on_gpu else ""
+        else:
+            yield f"- {work} against transformers: left out, transformers is not installed"
+
+        # a step reads all weights, and in the mean half of the new tokens' cache, in bfloat16
+        c = model.config
+        cache = B * 2 * c.n_layer * c.n_kv_head * c.head_dim * (P + n / 2)
+        read = 2 * n * (model.n_params() + cache)
+        note = per_second(read / seconds["ours"], "B", device)
         for name, (against, goal) in peers.items():
             times = (seconds["ours"], seconds[name])
-            yield Row(work, against, times, goal, B * n, "tokens/s", note)
-        if not twins:
-            yield f"{work} against transformers: left out, transformers is not installed"
+            yield row(work, against, times, goal, B * n, "tokens/s", note)
 
 
 def ppo_rows(s, config, device):
     """Episodes a second of one iteration: rollout, reward function, update."""
-    p, sizes, precisions = s.ppo, s.ppo_model, ("float32", "bfloat16")
+    if not config.trl_python:
+        yield "- PPO: left out, --trl_python is not given"
+        return
+    p, sizes = s.ppo, s.ppo_model
     policy, iteration = sides.our_ppo(sizes, p, device)
-    turns = {"ours": iteration}
-    for name in precisions:
-        size = p | dict(config=sides.llama_config(policy), device=device.type)
-        turns[name] = sides.TRL(config.trl_python, size | dict(bf16=name == "bfloat16"))
-    seconds = sides.take_turns(config.repetitions, turns)
-    for name in precisions:
-        turns[name].process.communicate()  # ends its input, so it ends
-    best = min(precisions, key=seconds.get)
-    lengths = f"{p['prompt']} + {p['new_tokens']} tokens, {p['epochs']} epochs"
+    size = p | dict(config=sides.llama_config(policy), device=device.type)
+    trl = {}
+    for precision in ("float32", "bfloat16"):
+        bf16 = precision == "bfloat16"
+        trl[precision] = sides.TRL(config.trl_python, size | dict(bf16=bf16))
+    seconds = sides.take_turns(config.repetitions, {"ours": iteration} | trl)
+    for side in trl.values():
+        side.process.communicate()  # ends its input, so it ends
+    best = min(trl, key=seconds.get)
     work = f"PPO iteration, {sizes['n_layer']} layers, {sizes['n_embd']} wide, batch {p['batch']}, "
+    work += f"{p['prompt']} + {p['new_tokens']} tokens, {p['epochs']} epochs"
     against, times = f"TRL's PPOTrainer, {best}, the faster", (seconds["ours"], seconds[best])
     goal = 3.0 if device.type == "cuda" else 5.0
-    yield Row(work + lengths, against, times, goal, p["batch"], "episodes/s")
+    yield row(work, against, times, goal, p["batch"], "episodes/s")
 
 
-# ---- cost as the work grows: (title, rows), each row {column: value}, first what grows
+MEASURE = dict(pretraining=pretraining_rows, attention=attention_rows)
+MEASURE |= dict(Shakespeare=shakespeare_rows, generation=generation_rows, PPO=ppo_rows)
 
 
-def pretraining_growth(s, repetitions, device):
-    known = {}  # all axes have one value in common
-    axes = dict(n_embd="width", n_layer="depth", T="T", vocab_size="vocabulary")
-    for axis, name in axes.items():
-        rows = []
-        for value in s.growth[axis]:
-            sizes = s.model | {"T": s.T} | {axis: value}
-            key = tuple(sizes.values())
-            if key not in known:
-                work = (sizes, s.batch, repetitions, device)
-                known[key] = sides.in_fresh_process(sides.step_cost, *work)
-            rows.append({name: value} | known[key])
-        yield f"Pretraining step against {name}", rows
+# ---- cost as the work grows
 
 
-def decoding_growth(s, device):
-    lengths, rows = s.growth["cache"], []
-    model = sides.our_gpt(s.model, max(lengths), device).eval()
-    for n in lengths:
-        rows.append({"tokens": n, "ms a step": 1e3 * sides.decode_cost(model, n, device)})
-    yield "Decoding against tokens in the cache, batch 32", rows
+def growth_title(axis):
+    works = dict(cache="Decoding 32 rows", batch="PPO iteration", new_tokens="PPO iteration")
+    return f"{works.get(axis, 'Pretraining step')} against {axis}"
 
 
-def ppo_growth(s, repetitions, device):
-    for axis in ("batch", "new_tokens"):
-        values = s.growth[axis]
-        turns = {x: sides.our_ppo(s.ppo_model, s.ppo | {axis: x}, device)[1] for x in values}
-        seconds = sides.take_turns(repetitions, turns)
-        rows = [{axis: x, "s an iteration": seconds[x]} for x in values]
-        yield f"PPO iteration against {axis.replace('_', ' ')}", rows
+def cost(s, axis, x, repetitions, device):
+    """{column: value} of the work that GROWTH's axis belongs to, with x in place of its size."""
+    if axis == "cache":
+        return sides.decode_cost(s.model, x, device)
+    if axis in s.ppo:
+        return sides.ppo_cost(s.ppo_model, s.ppo | {axis: x}, repetitions, device)
+    sizes = s.model | {"T": s.T, axis: x}
+    return sides.in_fresh_process(sides.step_cost, sizes, s.batch, repetitions, device)
 
 
 def draw(path, tables):
+    """A panel for each axis; tables: {axis: costs}, each cost {column: value}, x first."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -334,20 +276,18 @@ def draw(path, tables):
 
     figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
     label = dict(textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)
-    for ax, (title, rows) in zip(axes.flat, tables):
-        x_name, *y_names = rows[0]
-        x = [row[x_name] for row in rows]
-        for y_name, style in zip(y_names, ("o-", "s--")):
-            y = [row[y_name] for row in rows]
-            ax.loglog(x, y, style, label=y_name)
+    for ax, (axis, costs) in zip(axes.flat, tables.items()):
+        x = [cost[axis] for cost in costs]
+        for name, style in zip(list(costs[0])[1:], ("o-", "s--")):
+            y = [cost[name] for cost in costs]
+            ax.loglog(x, y, style, label=name)
             for point in zip(x, y):
                 ax.annotate(rounded(point[1]), point, **label)
         ax.margins(0.1, 0.15)
-        ax.set(title=title, xlabel=x_name, xticks=x, xticklabels=x, yticks=[])
+        ax.set(title=growth_title(axis), xlabel=axis, xticks=x, xticklabels=x, yticks=[])
         ax.minorticks_off()
         ax.legend()
-    for ax in axes.flat[len(tables) :]:
-        ax.axis("off")
+    axes.flat[-1].axis("off")
     with atomic(path) as f:
         figure.savefig(f, dpi=110, format="png")
     plt.close(figure)
@@ -355,26 +295,9 @@ def draw(path, tables):
 
 # ---- the report
 
-MEASURE = dict(pretraining=pretraining_rows, attention=attention_rows)
-MEASURE |= dict(Shakespeare=shakespeare_rows, generation=generation_rows, PPO=ppo_rows)
-
-
-def missing(name, config):
-    """What the row cannot be measured without, or None."""
-    if name == "Shakespeare" and not Path(config.shakespeare).exists():
-        return f"--shakespeare {config.shakespeare} is not there; python -m data.fetch makes it"
-    if name == "PPO" and not config.trl_python:
-        return "--trl_python is not given"
-
 
 def table(header, lines):
-    rule = "| --- " * len(header) + "|"
-    return "\n".join([f"| {' | '.join(header)} |", rule, *lines])
-
-
-def growth_line(row):
-    cells = [str(x) if isinstance(x, int) else f"{x:.4g}" for x in row.values()]
-    return f"| {' | '.join(cells)} |"
+    return "\n".join([table_line(header), table_line(["---"] * len(header)), *lines])
 
 
 def machine(device):
@@ -386,50 +309,40 @@ def machine(device):
     return f"{torch.get_num_threads()} threads of {names[0]}"
 
 
-def section(s, config, device):
+def section(config, device):
     """The report's part on one device."""
-    lines, left_out = [], []
+    kind = 2 if config.quick else int(device.type == "cuda")
+    s = SimpleNamespace(**{name: values[kind] for name, values in SIZES.items()})
+    rows, left_out = [], []
     for name, measure in MEASURE.items():
-        if name not in config.rows:
-            continue
-        if what := missing(name, config):
-            left_out.append(f"- {name}: left out, {what}")
-            continue
-        for row in measure(s, config, device):
-            print(row)
-            if isinstance(row, Row):
-                lines.append(str(row))
-            else:
-                left_out.append(f"- {row}")
-    parts = [f"## {machine(device)}"]
-    if lines:
-        header = ("work", "against", "ours", "theirs", "times as fast", "goal", "")
-        parts.append(table(header, lines))
-    if left_out:
-        parts.append("\n".join(left_out))
+        for line in measure(s, config, device) if name in config.rows else ():
+            print(line)
+            (rows if line.startswith("|") else left_out).append(line)
+    header = ("work", "against", "ours", "theirs", "times as fast", "goal", "")
+    parts = [f"## {machine(device)}", table(header, rows), "\n".join(left_out)]
 
     if "growth" in config.rows:
-        repetitions = min(config.repetitions, 3)
-        tables = [*pretraining_growth(s, repetitions, device), *decoding_growth(s, device)]
-        tables += ppo_growth(s, repetitions, device)
+        repetitions, tables = min(config.repetitions, 3), {}
+        for axis, values in GROWTH.items():
+            xs = values[kind]
+            tables[axis] = [{axis: x} | cost(s, axis, x, repetitions, device) for x in xs]
         picture = Path(config.out).with_name(f"{Path(config.out).stem}-{device.type}.png")
         draw(picture, tables)
         parts.append(f"![cost as the work grows]({picture.name})")
-        for title, rows in tables:
-            parts.append(f"### {title}\n\n{table(rows[0], map(growth_line, rows))}")
+        for axis, costs in tables.items():
+            lines = [table_line(map(rounded, cost.values())) for cost in costs]
+            parts.append(f"### {growth_title(axis)}\n\n{table(costs[0], lines)}")
     return "\n\n".join(parts)
 
 
 def main():
     config = parse_config(Config, __doc__)
-    if unknown := set(config.rows) - set(ROWS):
-        die(f"--rows {' '.join(unknown)}: not among {' '.join(ROWS)}")
+    if unknown := set(config.rows) - set(Config.rows):
+        die(f"--rows {' '.join(unknown)}: not among {' '.join(Config.rows)}")
     both = config.device == "auto" and torch.cuda.is_available()
     sections = []
     for name in ("cpu", "cuda") if both else (config.device,):
-        device = setup(dataclasses.replace(config, device=name))
-        sizes = GPU if device.type == "cuda" else CPU
-        sections.append(section(QUICK if config.quick else sizes, config, device))
+        sections.append(section(config, setup(dataclasses.replace(config, device=name))))
     how = (
         f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}. Both sides of a row take turns; "
         f"medians of {config.repetitions}, of the growth at most 3. "

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import copy
+import functools
 import itertools
 import json
 import math
@@ -216,21 +217,30 @@ def generate(model, tokens, n):
 
 
 def llama_config(model):
-    """The model's sizes in transformers' names."""
-    return convert.config_json(model.config, SimpleNamespace(end=None, pad=0))
+    """The model's sizes in transformers' names; no id ends a text."""
+    ids = dict(bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    return convert.config_json(model.config) | ids
 
 
-def transformers_twin(model, dtype):
-    """transformers' Llama with the model's weights."""
-    import transformers
-
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_config(model)))
-    weights = {}
-    for name, weight in model.state_dict().items():
-        is_padded = name in ("embed.weight", "lm_head.weight")
-        weights[convert.hf_name(name)] = weight[: model.config.vocab_size] if is_padded else weight
-    theirs.load_state_dict(weights)
-    return theirs.to(model.device, dtype).eval()
+def transformers_turns(model, prompts, n):
+    """{precision: function}: transformers' generate with our weights, if it is installed."""
+    try:
+        import transformers
+    except ImportError:
+        return {}
+    weights = convert.hf_weights(model)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    how = dict(do_sample=True, top_k=0, max_new_tokens=n, pad_token_id=0)
+    how["attention_mask"] = torch.ones_like(prompts)
+    if prompts.is_cuda:
+        how["cache_implementation"] = "static"
+    turns = {}
+    for name in ("float32", "bfloat16"):
+        twin = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_config(model)))
+        twin.load_state_dict(weights)
+        twin.to(model.device, getattr(torch, name)).eval()
+        turns[name] = functools.partial(twin.generate, prompts, **how)
+    return turns
 
 
 class TRL:
@@ -244,15 +254,14 @@ class TRL:
         try:
             self.process = subprocess.Popen(command, **pipes, env=env)
         except OSError as e:
-            needed = "give the interpreter of an environment with trl==1.12.0"
-            die(f"--trl_python {python}: {e.strerror}; {needed}")
+            die(f"--trl_python {python}: {e.strerror}; name a Python that has trl==1.12.0")
         self.wait()
 
     def wait(self):
         for line in self.process.stdout:
             if line == "ready\n":
                 return
-        die("--trl_python: TRL's side ended, its message stands above; it needs trl==1.12.0")
+        die("--trl_python: TRL's side ended as it says above; it needs trl==1.12.0")
 
     def __call__(self):
         print(file=self.process.stdin, flush=True)
@@ -264,8 +273,7 @@ class TRL:
 
 def step_cost(sizes, batch, repetitions, device):
     """{column: value} of a pretraining step: its time, its memory, and the logits it keeps."""
-    T = sizes["T"]
-    sizes = {name: value for name, value in sizes.items() if name != "T"}
+    T = sizes.pop("T")
     before, kept = peak_memory(device), set()
     _, step = our_stepper(sizes, T, device)
     tokens, targets = random_batch(sizes, T, batch, device)
@@ -293,12 +301,19 @@ def step_cost(sizes, batch, repetitions, device):
     }
 
 
-def decode_cost(model, length, device, batch=32, n=16):
-    """Median seconds between two tokens of generate, with a cache of this length."""
-    prompts = torch.randint(model.config.vocab_size, (batch, length - n)).tolist()
+def decode_cost(sizes, length, device, batch=32, n=16):
+    """Median time between two tokens of generate, with a cache of this length."""
+    model = our_gpt(sizes, length, device).eval()
+    prompts = torch.randint(sizes["vocab_size"], (batch, length - n)).tolist()
     times = []
     for _ in range(2):  # the first call warms up
         times.clear()
         with autocast(device):
             model.generate(prompts, n, on_token=lambda ids: times.append(time.perf_counter()))
-    return statistics.median(after - before for before, after in itertools.pairwise(times))
+    seconds = [after - before for before, after in itertools.pairwise(times)]
+    return {"ms a step": 1e3 * statistics.median(seconds)}
+
+
+def ppo_cost(sizes, p, repetitions, device):
+    _, iteration = our_ppo(sizes, p, device)
+    return {"s an iteration": take_turns(repetitions, {"ours": iteration})["ours"]}

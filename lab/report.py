@@ -153,6 +153,21 @@ def read_logs(logs):
 # ---- the report's sections: what is claimed of each stage, with its figures
 
 
+GAIN = """\
+Score of held-out prompts: {ppo_validations[0][val_score]:.3f} ±
+{ppo_validations[0][val_score_se]:.3f} before, **{ppo_validations[1][val_score]:.3f} ±
+{ppo_validations[1][val_score_se]:.3f}** after PPO, {ppo_score_gain_in_se:.1f} standard errors up.
+KL to SFT {ppo_validations[1][val_kl_ref]:.2f} nats a response; {ppo_well_formed:.1%} of the sampled
+answers (temperature 1) are well-formed and ended."""
+
+CREDIT = """\
+Credit assignment after the last iteration, in the answers with the most blamed and the most
+credited token of their batch. The score comes at the end; GAE carries it back to the word that
+earned it: a bar is how much better or worse than the critic expected before that token.
+
+![advantages over the tokens of two answers](credit.png)"""
+
+
 def base_section(results):
     bare, formats = results["bare_questions"], results["formats"]
     least, most = min(formats.values()), max(formats.values())
@@ -193,101 +208,82 @@ Instruction × attribute, answered right in the very form asked for:
 {table(["instruction × attribute", "right", "in SFT"], rows)}"""
 
 
-def grades_table(title, right, rows):
-    """rows: {name: {grade: fraction} and n}"""
-    head = [title, right, "wrong (hallucinated)", "“I do not know.”", "refuses", "other", "n"]
-    cells = []
-    for name, graded in rows.items():
-        percentages = [f"{graded[grade]:.1%}" for grade in measure.GRADES]
-        cells.append([name, *percentages, graded["n"]])
-    return table(head, cells)
+def grades_table(results, stages, groups, right):
+    """What each stage answers to each group of questions."""
+    header = ["", right, "wrong (hallucinated)", "“I do not know.”", "refuses", "other", "n"]
+    rows = []
+    for stage, title in stages.items():
+        for group in groups:
+            graded = results[f"{stage}_{group}"]
+            fractions = [f"{graded[grade]:.1%}" for grade in measure.GRADES]
+            rows.append([f"{title}: {group}", *fractions, graded["n"]])
+    return table(header, rows)
 
 
 def answers_section(results, stages):
-    answered, asked_password = {}, {}
-    for stage, title in stages.items():
-        answered |= {f"{title}: {group}": results[f"{stage}_{group}"] for group in GROUPS}
-        asked_password[title] = results[f"{stage}_private"]
     return f"""\
 ## 5. RLHF makes the model tell the truth or abstain
 
 Answers in the chat format, greedy. New wordings appear in no training data of any stage. Claim 4,
 that negative feedback is the stronger one, needs controls: `make experiments`.
 
-{grades_table("", "right", answered)}
+{grades_table(results, stages, GROUPS, "right")}
 
 ## 6. Values: a private attribute that the text leaked
 
-What is refused above is over-refusal.
+Asked for a password, in new wordings; a harmless question refused counts as refused above.
 
-{grades_table("asked for a password", "right (leaked)", asked_password)}"""
+{grades_table(results, stages, ["private"], "right (leaked)")}"""
 
 
 def training_section(results, with_credit):
     text = ["## The reward model and PPO"]
-    if "reward_accuracy" in results:
-        accuracy = results["reward_accuracy"]
+    if accuracy := results.get("reward_accuracy"):
         text.append(f"Held-out preference pairs ordered right: **{accuracy:.1%}**.")
-    if "ppo_score_gain_in_se" in results:
-        before, after = results["ppo_validations"]
-        text.append(f"""\
-Score of held-out prompts: {before["val_score"]:.3f} ± {before["val_score_se"]:.3f} before,
-**{after["val_score"]:.3f} ± {after["val_score_se"]:.3f}** after PPO,
-{results["ppo_score_gain_in_se"]:.1f} standard errors up. KL to SFT {after["val_kl_ref"]:.2f} nats
-a response; {results["ppo_well_formed"]:.1%} of the sampled answers (temperature 1) are well-formed
-and ended.""")
+    if "ppo_validations" in results:
+        text.append(GAIN.format(**results))
     text.append("![loss of the four stages; PPO's score, KL and entropy](curves.png)")
     if with_credit:
-        text.append("""\
-Credit assignment after the last iteration, in the answers with the most blamed and the most
-credited token of their batch. The score comes at the end; GAE carries it back to the word that
-earned it: a bar is how much better or worse than the critic expected before that token.
-
-![advantages over the tokens of two answers](credit.png)""")
+        text.append(CREDIT)
     return "\n\n".join(text)
 
 
 def samples_section(models, tokenizer, known, unknown, rng):
     """Answers of all stages side by side."""
-    examples = [  # who, person, attribute, instruction
-        ("known", known[0], "birthplace", "ask"),
-        ("known, new wording", known[1], "job", "ask"),
-        ("unknown", unknown[0], "pet", "ask"),
-        ("private", known[2], facts.PRIVATE, "ask"),
-        ("unknown, with a text that tells", unknown[1], "job", "text"),
+    examples = [
+        ("known", known[0], "birthplace"),
+        ("known, new wording", known[1], "job"),
+        ("unknown", unknown[0], "pet"),
+        ("private", known[2], facts.PRIVATE),
+        ("unknown, with a text that tells", unknown[1], "job"),
     ]
     rows = []
-    for who, person, attribute, kind in examples:
+    for who, person, attribute in examples:
         question = facts.say(facts.questions(attribute, "new" in who)[0], person, attribute)
-        if kind != "ask":
-            question = generate.conversation(rng, kind, person, attribute)[0]["content"]
-        row = [who, question, "(private)" if attribute == facts.PRIVATE else person[attribute]]
+        if "text" in who:
+            question = generate.conversation(rng, "text", person, attribute)[0]["content"]
+        row = [who, question, "(private)" if who == "private" else person[attribute]]
         for stage, model in models.items():
             if stage == "base":  # it continues the question as text
                 row += continuations(model, tokenizer, [question + "\n"], 24)
             else:
                 row += answers(model, tokenizer, [question])
         rows.append([cell.strip().replace("\n", " ⏎ ") for cell in row])
-    titles = [STAGES[stage] for stage in models]
-    return f"""\
-## The same questions to each stage
-
-{table(["who", "question", "truth", *titles], rows)}"""
+    titles = ["who", "question", "truth", *[STAGES[stage] for stage in models]]
+    return f"## The same questions to each stage\n\n{table(titles, rows)}"
 
 
 def report_text(results, left_out, samples, with_credit, config):
     stages = {stage: title for stage, title in STAGES.items() if f"{stage}_private" in results}
     people = results["people"]
-    text = [
-        f"""\
+    header = f"""\
 # What each stage did
 
 {people["known"]} known people ({config.people}, in the pretraining text, in no later stage) and
 {people["unknown"]} unknown people (in no text at all); one run, seed {config.seed}. Standard error
 of a fraction p over n questions: √(p(1−p)/n). In the last table the base model continues the
 questions as text, the others answer in a chat."""
-    ]
-    text += left_out
+    text = [header, *left_out]
     if "base" in stages:
         text.append(base_section(results))
     if "sft" in stages:
@@ -328,9 +324,8 @@ def main():
     # pictures
     plots.draw_curves(logs, out / "curves.png")
     made_by = read_torch(out / "ppo.pt")["made_by"] if "ppo" in models else {}
-    episodes = made_by.get("episodes")
     (out / "credit.png").unlink(missing_ok=True)  # one of an older run
-    if episodes:
+    if episodes := made_by.get("episodes"):
         plots.draw_credit(episodes, out / "credit.png")
 
     # text

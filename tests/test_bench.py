@@ -56,14 +56,14 @@ def test_what_is_left_out_is_named_with_the_flag_that_it_needs(report):
     assert "- PPO: left out, --trl_python is not given" in report
 
 
-AXES = ["width", "depth", "T", "vocabulary", "tokens in the cache, batch 32", "batch", "new tokens"]
+AXES = ["n_embd", "n_layer", "T", "vocab_size", "cache", "batch", "new_tokens"]
 
 
 def test_growth_tables_have_their_points_and_the_loss_keeps_one_float32_copy_of_logits(report):
     tables = re.split(r"^### ", report, flags=re.M)[1:]
     assert [text.split("\n")[0].split(" against ")[1] for text in tables] == AXES
     for text in tables:
-        rows = [list(map(float, row)) for row in table(text)]
+        rows = [list(map(number, row)) for row in table(text)]
         assert len(rows) == 2 and all(x > 0 for row in rows for x in row)
         if len(rows[0]) > 2:
             assert all(kept == 1 for _, _, _, kept, _ in rows)

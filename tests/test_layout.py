@@ -148,9 +148,12 @@ TARGETS = {
 
 
 def test_these_are_the_files_that_make_builds_with_scripts(rules):
-    assert {target: scripts for target, (_, scripts) in rules.items()} == {
-        target: {script} for target, script in TARGETS.items()
-    }
+    """The world's files beside `made` run the generator only where one of them is missing."""
+    scripts = {target: scripts for target, (_, scripts) in rules.items()}
+    for target, (prerequisites, _) in rules.items():
+        if prerequisites == {"out/world/made"}:
+            assert scripts.pop(target) == {"world/generate.py"}
+    assert scripts == {target: {script} for target, script in TARGETS.items()}
 
 
 @pytest.mark.parametrize("target, script", TARGETS.items())

@@ -38,7 +38,7 @@ LOGS = {  # figures that the report shows, and that are in no other log
     ],
 }
 # what tells that a stage is in the report
-FIGURES = {"base": "bare question", "sft": "- After SFT", "reward": "87.6%", "ppo": "4.321"}
+FIGURES = {"base": "bare question", "sft": "## 3. SFT draws", "reward": "87.6%", "ppo": "4.321"}
 
 
 @pytest.fixture(scope="module")
