@@ -9,7 +9,8 @@
     function(prompts, responses) -> list of floats
 where prompts are the last user messages. A parameter named conversations gets all messages.
 
-Column t of every tensor (B, T) here is the action "choose token t+1"; tokens are (B, T+1).
+An episode is a prompt and its response; an action is one token of the response. Column t of
+every tensor (B, T) here is the action "choose token t+1"; tokens are (B, T+1).
     logprobs[:, t] = log pi(tokens[:, t+1] | tokens[:, :t+1])
     values[:, t]   = V(tokens[:, :t+1]), before that action
     mask[:, t]     is True where token t+1 is part of the response, its end token included
@@ -45,7 +46,7 @@ class Config:
     reward: str = "out/reward.pt"  # reward model checkpoint, or package.module:function
     data: str = "out/world/prompts.jsonl"  # prompts, one a line
     out: str = "out/ppo.pt"  # checkpoint to write
-    resume: str = ""  # continue an interrupted run; "previous": from the older state
+    resume: str = ""  # continue an interrupted run; "previous": from an older state
     steps: int = 80  # iterations of rollout and update
     batch_size: int = 128  # episodes per iteration
     minibatch_size: int = 64  # episodes per optimizer step
@@ -62,7 +63,7 @@ class Config:
     value_clip: float = 0.2  # a value is not pushed further than this from its old one
     value_coef: float = 0.1  # weight of the value loss; see the note at update
     missing_eos_score: float = -3.0  # of a response without end; choose it below all others
-    min_score: float = -math.inf  # floor of all scores; 0: no negative feedback, a control
+    min_score: float = -math.inf  # floor of all scores; 0 removes negative feedback
     val_size: int = 512  # prompts held out from the end of the file; at most a quarter
     log_every: int = 5  # iterations between log lines
     save_every: int = 20  # iterations between states for --resume
@@ -94,8 +95,9 @@ def whiten(x, mask):
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """-beta (log pi - log pi_ref) at each action, plus the score (B,) at the last one: (B, T).
 
-    The sum over a response is the objective of arXiv 2203.02155, equation 2. The KL estimators k2
-    or k3 in place of this one (k1) would move the optimum (tests/test_planted_bugs.py).
+    The sum over a response is the objective of arXiv 2203.02155, equation 2. Of the estimators of
+    KL from d = log pi - log pi_ref, this is k1 = d. In its place k2 = d^2 / 2 or
+    k3 = exp(-d) - 1 + d would move the optimum (tests/test_planted_bugs.py).
     """
     rewards = -beta * (logprobs - ref_logprobs) * mask  # (B, T)
     return rewards.scatter_add(1, last_true(mask)[:, None], scores[:, None].to(rewards.dtype))
@@ -193,14 +195,14 @@ def generate_responses(policy, prompt_ids, uniforms, tokenizer, config):
 
 @torch.no_grad()
 def rollout(policy, ref, critic, score, prompts, tokenizer, config):
-    """The policy responds to the Prompts; reference, critic and reward model read the responses.
+    """The policy responds to the Prompts; the other networks read the responses.
 
     Returns a dict of tokens (B, T+1); mask, logprobs, ref_logprobs and values (B, T); scores and
     ended (B,).
     """
     # drawn for all prompts, so that the number of processes changes no sample
     uniforms = torch.rand(len(prompts), config.max_new_tokens, device=policy.device)
-    prompts, uniforms = parallel.shard(prompts, uniforms)
+    prompts, uniforms = parallel.shard(prompts, uniforms)  # this process's B of them
     prompt_ids = [prompt.tokens for prompt in prompts]
     with autocast(policy.device):
         # (B, T+1), (B, T) and B lists
@@ -247,7 +249,7 @@ def rollout_metrics(batch):
 
 
 def ppo_loss(policy, critic, batch, config):
-    """Policy and value loss, a mean over the batch's actions; and metrics, scalar tensors."""
+    """Policy and value loss, a mean over the actions; and metrics, scalar tensors."""
     tokens, mask, old_logprobs = batch["tokens"], batch["mask"], batch["logprobs"]
     with autocast(policy.device):
         logprobs = response_logprobs(policy, tokens, mask, config.temperature)  # (B, T)
@@ -291,7 +293,7 @@ def update(policy, critic, optimizers, batch, factor, config):
             # one step of each network
             policy_norm = optimizer_step(policy, [policy_optimizer], factor)
             critic_norm = optimizer_step(critic, [critic_optimizer], factor)
-            grad_norms.append(torch.stack([policy_norm, critic_norm]))
+            grad_norms.append(torch.stack([policy_norm, critic_norm]))  # (2,)
     means = parallel.all_reduce_sum(torch.stack(list(sums.values()))) / len(grad_norms)
     policy_norm, critic_norm = torch.stack(grad_norms).mean(0).tolist()
     norms = dict(policy_grad_norm=policy_norm, critic_grad_norm=critic_norm)
@@ -348,7 +350,7 @@ def seed_draws(config, step):
 
 
 def validate(policy, ref, critic, score, prompts, tokenizer, config):
-    """The metrics of a rollout on held-out prompts, with the same random draws each time."""
+    """The metrics of a rollout on held-out prompts, with the same draws each time."""
     if not prompts:
         return {}
     torch.manual_seed(config.seed)
@@ -394,7 +396,7 @@ def main():
     if config.show:
         return show_iterations(policy, ref, critic, score, optimizers, batches, tokenizer, config)
 
-    # metrics before training; a reward function that fails here costs no earlier log
+    # metrics before training; a reward that fails here costs no earlier log
     initial = {}
     if not config.resume:
         initial = validate(policy, ref, critic, score, val, tokenizer, config)

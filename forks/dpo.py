@@ -1,11 +1,12 @@
 """DPO: the policy learns from the comparisons themselves (arXiv 2305.18290).
 
     python -m forks.dpo                 # the default world, from out/sft.pt
-    python -m forks.dpo --show          # print pairs with the reward so far after each token
+    python -m forks.dpo --show          # print pairs with the reward up to each token
 
 What differs from reward.py, whose files it reads, and from ppo.py, whose place it takes:
-    The policy is its own reward model: its reward of a response is beta log(pi / pi_ref). Trained
-    on the labeller's pairs, it ends at the optimum of ppo.py, pi_ref exp(r / beta).
+    The policy is its own reward model: its reward of a response is beta log(pi / pi_ref). With
+    Bradley-Terry labels on pairs that cover the responses, its optimum is ppo.py's for the
+    labeller's r, pi_ref exp(r / beta).
     No scalar head, no critic, no sampling: the responses are those of the file.
     beta is the KL penalty's weight, but no KL is measured or penalized on the policy's own samples.
 """

@@ -1,15 +1,16 @@
-"""GRPO: PPO without a critic; the baseline is the mean of a prompt's other samples.
+"""GRPO: PPO without a critic; the baseline is the mean score of a prompt's samples.
 
     python -m forks.grpo                # the default world, against out/reward.pt
-    python -m forks.grpo --show         # print episodes with the advantage of each token, then stop
+    python -m forks.grpo --show         # print one prompt's responses and their advantages
 
 What differs from ppo.py, whose files, rollout and policy loss it uses (arXiv 2402.03300):
     Each prompt is answered group_size times. All tokens of a response get the same advantage,
-    its score minus the group's mean; no critic, no GAE, no value loss.
-    --divide_by_std divides that by the group's standard deviation, as in the paper. It makes the
-    KL weight beta * std, another one for each prompt (arXiv 2503.20783), so here it is off.
-    The KL penalty is part of the advantage, by k1. The paper adds the estimator k3 to the loss,
-    whose gradient is that of KL(ref || pi).
+    score - beta log(pi / pi_ref) minus the group's mean of the same. It is not whitened, and
+    there is no critic, no GAE, no value loss.
+    --divide_by_std divides the score's part by the group's standard deviation, as in the paper. So
+    the KL weight becomes beta * std, another one for each prompt (arXiv 2503.20783).
+    The KL penalty is part of the advantage, by ppo.py's k1. The paper adds the estimator k3 to the
+    loss, whose gradient is that of KL(ref || pi).
     The loss is a mean over the minibatch's tokens. The paper averages within each response first,
     which favours short right responses and long wrong ones (arXiv 2503.20783).
 """
@@ -62,6 +63,8 @@ class Config:
     show: bool = False  # print episodes of the first two iterations and exit
 
     def __post_init__(self):
+        if self.temperature < 1e-3:
+            die(f"--temperature {self.temperature:g}: nothing is explored; give 0.001 or more")
         if self.batch_size % self.group_size or self.group_size < 2:
             sizes = f"--group_size {self.group_size} and --batch_size {self.batch_size}"
             die(f"{sizes}: the batch must hold whole groups of at least 2")
@@ -88,7 +91,7 @@ def compute_advantages(batch, config):
 
 
 def no_critic(tokens, mask):
-    """Values of 0, (B, T), where ppo.rollout asks a critic."""
+    """Values of 0 in the shape of tokens, where ppo.rollout asks a critic."""
     return torch.zeros(tokens.shape, device=tokens.device)
 
 
@@ -146,7 +149,8 @@ def main():
     score, _ = ppo.load_score(config.reward, tokenizer, device)
     if config.compile:
         compile_networks(policy, ref)
-    optimizers = make_optimizers(policy, config.lr, 0.0, 0.0, betas=(0.9, 0.999), eps=1e-5)
+    adam = dict(weight_decay=0.0, betas=(0.9, 0.999), eps=1e-5)
+    optimizers = make_optimizers(policy, config.lr, **adam)
 
     # data
     block_size = policy.config.block_size

@@ -248,12 +248,10 @@ def measure_sure_and_wrong(model, tokenizer, cases, prompts):
     """Fraction of questions answered wrong with a probability above 0.9."""
     with autocast(model.device):
         responses = model.generate(prompts, 16, 0.0, end_id=tokenizer.end)
-    probabilities = sequence_logprobs(model, prompts, responses).exp()  # (N,)
-    count = 0
-    for case, response, probability in zip(cases, responses, probabilities.tolist()):
-        text = conversation.decode_response(response, tokenizer)
-        count += probability > 0.9 and grade(*case, text) == "wrong"
-    return count / len(cases)
+    sure = (sequence_logprobs(model, prompts, responses).exp() > 0.9).tolist()
+    texts = [conversation.decode_response(response, tokenizer) for response in responses]
+    wrong = [grade(*case, text) == "wrong" for case, text in zip(cases, texts)]
+    return sum(s and w for s, w in zip(sure, wrong)) / len(cases)
 
 
 def measure_phrasings(model, tokenizer, cases, prompts, n=8):

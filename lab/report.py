@@ -153,6 +153,8 @@ def read_logs(logs):
 # ---- the report's sections: what is claimed of each stage, with its figures
 
 
+ACCURACY = "Held-out preference pairs ordered right: **{reward_accuracy:.1%}**."
+
 GAIN = """\
 Score of held-out prompts: {ppo_validations[0][val_score]:.3f} ±
 {ppo_validations[0][val_score_se]:.3f} before, **{ppo_validations[1][val_score]:.3f} ±
@@ -231,15 +233,15 @@ that negative feedback is the stronger one, needs controls: `make experiments`.
 
 ## 6. Values: a private attribute that the text leaked
 
-Asked for a password, in new wordings; a harmless question refused counts as refused above.
+Asked for a password, in new wordings. Harmless questions refused are in the table above.
 
 {grades_table(results, stages, ["private"], "right (leaked)")}"""
 
 
 def training_section(results, with_credit):
     text = ["## The reward model and PPO"]
-    if accuracy := results.get("reward_accuracy"):
-        text.append(f"Held-out preference pairs ordered right: **{accuracy:.1%}**.")
+    if "reward_accuracy" in results:
+        text.append(ACCURACY.format(**results))
     if "ppo_validations" in results:
         text.append(GAIN.format(**results))
     text.append("![loss of the four stages; PPO's score, KL and entropy](curves.png)")
