@@ -46,8 +46,8 @@ class Config:
     reward: str = "out/reward.pt"  # reward model checkpoint, or package.module:function
     data: str = "out/world/prompts.jsonl"  # prompts, one a line
     out: str = "out/ppo.pt"  # checkpoint to write
-    resume: str = ""  # continue an interrupted run; "previous": from an older state
-    steps: int = 80  # iterations of rollout and update
+    resume: str = ""  # continue an interrupted run; "previous": from the older state
+    steps: int = 110  # iterations of rollout and update
     batch_size: int = 128  # episodes per iteration
     minibatch_size: int = 64  # episodes per optimizer step
     micro_batch_size: int = 0  # episodes per forward pass of the update; 0: all
@@ -64,7 +64,7 @@ class Config:
     value_coef: float = 0.1  # weight of the value loss; see the note at update
     missing_eos_score: float = -3.0  # of a response without end; choose it below all others
     min_score: float = -math.inf  # floor of all scores; 0 removes negative feedback
-    val_size: int = 512  # prompts held out from the end of the file; at most a quarter
+    val_size: int = 512  # prompts held out at the end; at most a quarter
     log_every: int = 5  # iterations between log lines
     save_every: int = 20  # iterations between states for --resume
     device: str = "auto"  # auto, cpu, cuda or mps

@@ -315,11 +315,17 @@ def section(config, device):
     s = SimpleNamespace(**{name: values[kind] for name, values in SIZES.items()})
     rows, left_out = [], []
     for name, measure in MEASURE.items():
-        for line in measure(s, config, device) if name in config.rows else ():
+        if name not in config.rows:
+            continue
+        for line in measure(s, config, device):
             print(line)
             (rows if line.startswith("|") else left_out).append(line)
-    header = ("work", "against", "ours", "theirs", "times as fast", "goal", "")
-    parts = [f"## {machine(device)}", table(header, rows), "\n".join(left_out)]
+    parts = [f"## {machine(device)}"]
+    if rows:
+        header = ("work", "against", "ours", "theirs", "times as fast", "goal", "")
+        parts.append(table(header, rows))
+    if left_out:
+        parts.append("\n".join(left_out))
 
     if "growth" in config.rows:
         repetitions, tables = min(config.repetitions, 3), {}

@@ -40,12 +40,6 @@ class OnDemand(transformers.TrainerCallback):
     on_step_end = on_train_begin
 
 
-def make_tokenizer(vocab_size):
-    words = models.WordLevel({str(i): i for i in range(vocab_size)}, unk_token="1")
-    names = dict(pad_token="0", eos_token="1", padding_side="left")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **names)
-
-
 def main():
     size = json.loads(sys.argv[1])
     V, B = size["config"]["vocab_size"], size["batch"]
@@ -57,29 +51,21 @@ def main():
     critic = transformers.LlamaForSequenceClassification(config)
 
     # data
-    tokenizer = make_tokenizer(V)
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(V)}, unk_token="1"))
+    names = dict(pad_token="0", eos_token="1", padding_side="left")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names)
     prompts = torch.randint(2, V, (4 * B, size["prompt"])).tolist()
     prompts = Dataset.from_dict({"input_ids": prompts})
 
     # iterations
+    settings = dict(use_cpu=size["device"] == "cpu", bf16=size["bf16"], learning_rate=1e-5)
+    settings |= dict(gradient_checkpointing=False, temperature=1.0, total_episodes=1000 * B)
+    settings |= dict(response_length=size["new_tokens"], num_ppo_epochs=size["epochs"])
+    settings |= dict(per_device_train_batch_size=B, local_rollout_forward_batch_size=B)
+    settings |= dict(num_mini_batches=B // size["minibatch"], num_sample_generations=0)
     quiet = dict(report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True)
-    quiet |= dict(num_sample_generations=0)
     with tempfile.TemporaryDirectory() as folder:
-        args = PPOConfig(
-            output_dir=folder,
-            use_cpu=size["device"] == "cpu",
-            bf16=size["bf16"],
-            gradient_checkpointing=False,
-            total_episodes=1000 * B,
-            per_device_train_batch_size=B,
-            num_mini_batches=B // size["minibatch"],
-            local_rollout_forward_batch_size=B,
-            num_ppo_epochs=size["epochs"],
-            response_length=size["new_tokens"],
-            temperature=1.0,
-            learning_rate=1e-5,
-            **quiet,
-        )
+        args = PPOConfig(output_dir=folder, **settings, **quiet)
         parts = (args, tokenizer, policy, ref, OddIds(), prompts, critic)
         PPOTrainer(*parts, callbacks=[OnDemand()]).train()
 

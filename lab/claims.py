@@ -319,10 +319,10 @@ def bars(ax, seeds, names, columns):
     for k, (label, path) in enumerate(columns.items()):
         y, errors = points(seeds, each(names, path))
         x = [i + (k - (len(columns) - 1) / 2) * width for i in range(len(names))]
-        color = (BLUE, ORANGE, SKY, VERMILION)[k]
+        color = (BLUE, ORANGE, SKY, VERMILION, PINK)[k]
         ax.bar(x, y, width, yerr=errors, color=color, label=label, capsize=2)
     ax.set_xticks(range(len(names)), [SHORT[name] for name in names], fontsize=7)
-    ax.set(ylabel="%", ylim=(0, 130))
+    ax.set(ylabel="%", ylim=(0, 150))
 
 
 def draw_claims(seeds, path):
@@ -379,6 +379,7 @@ def draw_feedback(feedback, doses, grades, seeds):
 
     columns = {"known: hallucinated": "known/wrong", "known: right": "known/right"}
     columns |= {"in no text: IDK": "unknown/idk", "in no text: hallucinated": "unknown/wrong"}
+    columns["known: IDK"] = "known/idk"
     bars(grades, seeds, ["base", "sft", "demos_idk", "ppo", "ppo_true"], columns)
 
 

@@ -156,10 +156,9 @@ def read_logs(logs):
 ACCURACY = "Held-out preference pairs ordered right: **{reward_accuracy:.1%}**."
 
 GAIN = """\
-Score of held-out prompts: {ppo_validations[0][val_score]:.3f} ±
-{ppo_validations[0][val_score_se]:.3f} before, **{ppo_validations[1][val_score]:.3f} ±
-{ppo_validations[1][val_score_se]:.3f}** after PPO, {ppo_score_gain_in_se:.1f} standard errors up.
-KL to SFT {ppo_validations[1][val_kl_ref]:.2f} nats a response; {ppo_well_formed:.1%} of the sampled
+Score of held-out prompts: {before[val_score]:.3f} ± {before[val_score_se]:.3f} before PPO,
+**{after[val_score]:.3f} ± {after[val_score_se]:.3f}** after it, {ppo_score_gain_in_se:.1f} standard
+errors up. KL to SFT {after[val_kl_ref]:.2f} nats a response; {ppo_well_formed:.1%} of the sampled
 answers (temperature 1) are well-formed and ended."""
 
 CREDIT = """\
@@ -243,7 +242,8 @@ def training_section(results, with_credit):
     if "reward_accuracy" in results:
         text.append(ACCURACY.format(**results))
     if "ppo_validations" in results:
-        text.append(GAIN.format(**results))
+        before, after = results["ppo_validations"]
+        text.append(GAIN.format(before=before, after=after, **results))
     text.append("![loss of the four stages; PPO's score, KL and entropy](curves.png)")
     if with_credit:
         text.append(CREDIT)
