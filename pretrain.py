@@ -11,7 +11,6 @@ Indexing: targets[:, t] is the token after tokens[:, t], and logits[:, t] predic
 """
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,8 +179,10 @@ def main():
     optimizers = make_optimizers(model, config.lr, config.muon_lr, config.weight_decay)
     print(f"{model.n_params():,} parameters, {len(train):,} tokens in {config.data}")
 
+    initial, guessing = validate(model, val, T, device, VAL_WINDOWS), math.log(tokenizer.vocab_size)
+    print(f"initial loss {initial:.3f}, ln(vocabulary) = {guessing:.3f}")
+
     run = Run(config, config.steps, [model], optimizers, windows)
-    start, losses = time.time(), []
     for step in run:
         # forward and backward
         loss_sum = 0.0
@@ -192,7 +193,6 @@ def main():
             loss = loss * (len(starts) / config.batch_size)  # the batch's mean, part by part
             loss.backward()
             loss_sum += loss.detach()
-        losses.append(loss_sum)
 
         # update
         factor = lr_factor(step, config.steps, config.warmup)
@@ -200,19 +200,13 @@ def main():
         run.watch(grad_norm)
 
         # log
-        if step == 0:
-            initial, expected = parallel.all_reduce_sum(loss_sum), math.log(tokenizer.vocab_size)
-            print(f"initial loss {initial:.3f}, ln(vocabulary) = {expected:.3f}")
         if run.is_due(step, config.eval_every):
-            metrics = dict(grad_norm=grad_norm.item())
-            loss_sum = parallel.all_reduce_sum(torch.stack(losses).sum()).item()
-            metrics["train_loss"] = loss_sum / len(losses)
-            n_tokens = len(losses) * config.batch_size * T
-            metrics["tokens_per_s"] = round(n_tokens / (time.time() - start))
+            train_loss = parallel.all_reduce_sum(loss_sum).item()
             max_windows = None if step + 1 == config.steps else VAL_WINDOWS
-            metrics["val_loss"] = validate(model, val, T, device, max_windows)
-            run.log(step + 1, **metrics)
-            start, losses = time.time(), []
+            val_loss = validate(model, val, T, device, max_windows)
+            metrics = dict(train_loss=train_loss, val_loss=val_loss, grad_norm=grad_norm.item())
+            n_tokens = (step + 1 - run.first_step) * config.batch_size * T
+            run.log(step + 1, **metrics, tokens_per_s=round(n_tokens / run.seconds()))
 
     # checkpoint
     reinit_unseen_embeddings(model, train)

@@ -118,12 +118,16 @@ class Run:
         """Whether to log after this step: each so many steps, and after the last."""
         return (step + 1) % every == 0 or step + 1 == self.steps
 
+    def seconds(self):
+        """How long this process has been running the steps."""
+        return time.time() - self.start
+
     def log(self, step, **metrics):
         """Writes one JSON object to <out without suffix>.jsonl, and a line to the terminal."""
         floats = {k: v for k, v in metrics.items() if isinstance(v, float)}
         if wrong := [name for name, value in floats.items() if not math.isfinite(value)]:
             self.stop(step, ", ".join(wrong))
-        record = dict(step=step, seconds=round(time.time() - self.start, 2), **metrics)
+        record = dict(step=step, seconds=round(self.seconds(), 2), **metrics)
         with writing(self.log_path):
             self.log_file.write(json.dumps(record).encode() + b"\n")
             self.log_file.flush()
