@@ -61,7 +61,7 @@ class Chat:
         Forgets the oldest turns to make room.
         """
         if raw:
-            return ([self.tokenizer.end] + self.tokenizer.encode(text))[-room:]
+            return ([self.tokenizer.separator] + self.tokenizer.encode(text))[-room:]
         question = {"role": "user", "content": text}
         for n in range(0, len(self.messages) + 1, 2):
             kept = [*self.system, *self.messages[n:], question]
@@ -80,24 +80,25 @@ class Chat:
         tokens = self.prompt(text, config.raw, block_size - max_new_tokens)
         if tokens is None:
             return ""
+        end = self.tokenizer.separator if config.raw else self.tokenizer.end
         # a character may be split over tokens
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         ids = []
 
         def on_token(new_ids):
             ids.extend(new_ids)
-            if ids[-1] != self.tokenizer.end:
+            if ids[-1] != end:
                 write(decoder.decode(self.tokenizer.encoding.decode_single_token_bytes(ids[-1])))
 
         sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-        sampling |= dict(end_id=self.tokenizer.end, on_token=on_token)
+        sampling |= dict(end_id=end, on_token=on_token)
         try:
             with autocast(self.model.device):
                 self.model.generate([tokens], max_new_tokens, **sampling)
             write(decoder.decode(b"", final=True))
         except KeyboardInterrupt:
             write(" [stopped]")
-        whole = conversation.decode_response(ids, self.tokenizer)
+        whole = self.tokenizer.decode(ids[:-1] if ids[-1:] == [end] else ids)
         if not config.raw:
             self.messages.append({"role": "user", "content": text})
             self.messages.append({"role": "assistant", "content": whole})

@@ -1,11 +1,14 @@
-"""Checkpoints from and to Hugging Face folders of the Llama and Qwen3 families.
+"""Open weights of the Llama and Qwen3 families in, checkpoints of this project out.
 
-    python convert.py --from_hf path/to/folder --out out/base.pt    # a base model for sft.py
+    python convert.py --from_gguf model.gguf --out out/smol.pt      # what Ollama and llama.cpp use
+    python convert.py --from_hf path/to/folder --out out/base.pt    # what transformers saves
     python convert.py --from_checkpoint out/ppo.pt --out my_model   # for transformers' Auto classes
 
-Their tokens keep their ids. Appended are this project's special tokens and the single bytes that a
-vocabulary lacks (SmolLM2's lacks 21, and loses them from text). Rows beyond the tokenizer's ids are
-left out. No text begins with a token of its own here, as with Llama 3's <|begin_of_text|>.
+A model with a chat template keeps its turns: `python chat.py --model out/smol.pt` talks to it, and
+SFT, reward model and PPO use them too. One without gets this project's special tokens appended.
+
+Their tokens keep their ids. The single bytes that a vocabulary lacks are appended (SmolLM2's lacks
+21, and loses them from text). Rows beyond the tokenizer's ids are left out.
 """
 
 import contextlib
@@ -21,11 +24,12 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from data.tokenizer import BPE_PATTERN, BYTES, NORMAL_FORMS, SPECIAL_TOKENS, Tokenizer
+from data import chat_template, gguf_file
+from data.tokenizer import BPE_PATTERN, BYTES, NORMAL_FORMS, ROLES, SPECIAL_TOKENS, Tokenizer
 from model import GPT, GPTConfig
 from train.checkpoint import LANGUAGE_MODELS, load_checkpoint, save_checkpoint
 from utils.cli import die, parse_config
-from utils.files import read_json, write_text, writing
+from utils.files import read_json, read_text, write_text, writing
 
 # Names of our config's fields and of our weights in their files.
 SIZES = {
@@ -55,24 +59,68 @@ CHAR_BYTES = {c: b for b, c in BYTE_CHARS.items()}
 # SmolLM2 first cuts single digits out, then applies GPT-2's split between them: white space before
 # a digit stays whole.
 DIGITS = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+# Qwen's and Llama 3's, which differ in how many digits make a word.
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3 = QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|")
+# Tokens that stand between documents in pretraining, the likelier ones first.
+SEPARATORS = ("<|begin_of_text|>", "<|endoftext|>")
 # Renders what data/conversation.py renders, and refuses the orders of roles that it refuses.
 CHAT_TEMPLATE = (
+    "{% set around = AROUND %}"
     "{% set turns = messages[1:] if messages[0].role == 'system' else messages %}"
     "{% for message in turns %}{% if message.role != ('user', 'assistant')[loop.index0 % 2] %}"
     "{{ raise_exception('roles must be an optional system, then user and assistant in turn') }}"
-    "{% endif %}{% endfor %}{% for message in messages %}"
-    "{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% endif %}{% endfor %}"
+    "{% if messages[0].role != 'system' %}{{ around.start }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ around[message.role][0] + message.content + around[message.role][1] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ around.assistant[0] }}{% endif %}"
 )
+# Names in GGUF files: of our config's fields, after the architecture's; of our weights; and of the
+# ways to split text, each with the Unicode form that the model's own tokenizer gives the text.
+GGUF_SIZES = {
+    "block_size": "context_length",
+    "n_layer": "block_count",
+    "n_head": "attention.head_count",
+    "n_kv_head": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "n_embd": "embedding_length",
+    "n_inner": "feed_forward_length",
+    "rope_theta": "rope.freq_base",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+}
+GGUF_WEIGHTS = {
+    r"^embed\.": "token_embd.",
+    r"^blocks\.": "blk.",
+    r"^norm\.": "output_norm.",
+    r"^lm_head\.": "output.",
+    r"\.attn\.o_proj": ".attn_output",
+    r"\.attn\.([qkv])_proj": r".attn_\1",
+    r"\.attn\.([qk])_norm": r".attn_\1_norm",
+    r"\.mlp_norm\.": ".ffn_norm.",
+    r"\.mlp\.(\w+)_proj": r".ffn_\1",
+}
+GGUF_SPLITS = {
+    "gpt-2": (BPE_PATTERN, None),
+    "smollm": (DIGITS, None),
+    "llama-bpe": (LLAMA3, None),
+    "qwen2": (QWEN, "NFC"),
+    "deepseek-r1-qwen": (QWEN, "NFC"),
+}
+# GGUF's kinds of tokens: plain ones, those that text may hold, those that fill the vocabulary up.
+NORMAL, USER_DEFINED, UNUSED = 1, 4, 5
 
 
 @dataclass
 class Config:
+    from_gguf: str = ""  # GGUF file to read, of whatever quantization; needs `pip install gguf`
     from_hf: str = ""  # Hugging Face folder to read: config.json, tokenizer.json and safetensors
     from_checkpoint: str = ""  # checkpoint of this project to read
     out: str = ""  # the checkpoint, or the new folder, to write
-    block_size: int = 0  # with --from_hf: longest context, in tokens; 0: as config.json says
-    seed: int = 0  # of the appended rows
+    block_size: int = 0  # of a model that is read: longest context, in tokens; 0: as it says
 
 
 # ---- theirs -> ours: the config
@@ -202,6 +250,50 @@ def read_ranks(path, bpe, specials):
     return ranks
 
 
+def read_template(folder):
+    """(chat template or None, the tokens that it may name) of a Hugging Face folder."""
+    path, template = folder / "tokenizer_config.json", None
+    settings = read_json(path) if path.exists() else {}
+    if (folder / "chat_template.jinja").exists():
+        template = read_text(folder / "chat_template.jinja")
+    elif isinstance(settings.get("chat_template"), str):
+        template = settings["chat_template"]
+    variables = {}
+    for name in ("bos_token", "eos_token"):
+        token = settings.get(name)
+        variables[name] = token["content"] if isinstance(token, dict) else token
+    return template, variables
+
+
+def append_tokens(path, ranks, rules, template, variables):
+    """(Tokenizer, number of ids that they had): ours follow their ids.
+
+    A template's turns become the tokenizer's, and then none of our special tokens is needed.
+    """
+    specials = rules["special_tokens"]
+    ids = sorted([*ranks.values(), *specials.values()])
+    if ids != list(range(len(ids))):
+        die(f"{path}: the ids are not 0 .. {len(ids) - 1}, each once; download it again")
+    separators = [specials[name] for name in SEPARATORS if name in specials]
+    if separators:
+        rules["separator"] = separators[0]
+    for b in BYTES:
+        ranks.setdefault(bytes([b]), len(ranks) + len(specials))
+    with_ours = dict(specials)
+    for name in SPECIAL_TOKENS:
+        with_ours.setdefault(name, len(ranks) + len(with_ours))
+    tokenizer = Tokenizer(ranks, rules | dict(special_tokens=with_ours))
+    if template:
+        try:
+            turns = chat_template.read_turns(template, variables)
+            chat = chat_template.to_ids(turns, tokenizer, specials.keys())
+            if chat != tokenizer.chat:
+                tokenizer = Tokenizer(ranks, rules | dict(chat=chat))
+        except ValueError as e:
+            print(f"{path}: no use of its chat template ({e}); turns get this project's tokens")
+    return tokenizer, len(ids)
+
+
 def read_tokenizer(path):
     """(Tokenizer, number of ids the file had) of a tokenizer.json that holds a byte-level BPE."""
     content = read_json(path)
@@ -213,28 +305,18 @@ def read_tokenizer(path):
     if not is_plain or not pattern or form not in NORMAL_FORMS:
         die(f"{path}: not a byte-level BPE with one splitting pattern, as GPT-2 or Qwen3 have")
 
-    # their ids
     specials, texts = read_added_tokens(path, content["added_tokens"])
     ranks = read_ranks(path, bpe, specials)
-    ids = sorted([*ranks.values(), *specials.values()])
-    if ids != list(range(len(ids))):
-        die(f"{path}: the ids are not 0 .. {len(ids) - 1}, each once; download it again")
-
-    # ours after them
-    for b in BYTES:
-        ranks.setdefault(bytes([b]), len(ranks) + len(specials))
-    for name in SPECIAL_TOKENS:
-        specials.setdefault(name, len(ranks) + len(specials))
     rules = dict(pattern=pattern, special_tokens=specials, text_tokens=texts, normal_form=form)
-    return Tokenizer(ranks, rules), len(ids)
+    return append_tokens(path, ranks, rules, *read_template(path.parent))
 
 
 # ---- theirs -> ours: the weights
 
 
-def hf_name(name):
-    """Their name of our weight."""
-    for ours, theirs in WEIGHTS.items():
+def hf_name(name, table=WEIGHTS):
+    """Their name of our weight, in Hugging Face folders or as another table says."""
+    for ours, theirs in table.items():
         name = re.sub(ours, theirs, name)
     return name
 
@@ -255,27 +337,34 @@ def read_weights(folder):
     return {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def grow(matrix, n_kept, n_rows, generator):
-    """matrix's first n_kept rows, then random ones of their mean and deviation: (n_rows, C)."""
+def grow(matrix, n_kept, n_rows):
+    """matrix's first n_kept rows, then their mean again and again: (n_rows, C).
+
+    So an appended token gets the mean of the logits, and before any training a probability of at
+    most 1 / n_kept, whatever the context: exp(mean) <= mean(exp). Rows as different from each
+    other as theirs are got a token of these into one answer in a hundred.
+    """
     kept = matrix[:n_kept].float()  # (n_kept, C)
-    noise = torch.randn(n_rows - n_kept, kept.size(1), generator=generator)
-    return torch.cat((kept, kept.mean(0) + kept.std(0) * noise))
+    return torch.cat((kept, kept.mean(0).expand(n_rows - n_kept, -1)))
 
 
-def fill(model, folder, weights, n_kept, generator):
-    """Copies the folder's weights into the model; rows beyond their n_kept ids become random."""
+def fill(model, path, weights, n_kept, table=WEIGHTS, load=torch.as_tensor):
+    """Copies their weights into the model; rows beyond their n_kept ids become the others' mean.
+
+    weights: {their name: what load makes a tensor of}
+    """
     if model.config.tied:
-        weights.pop("lm_head.weight", None)  # some folders hold the tied matrix twice
+        weights.pop(hf_name("lm_head.weight", table), None)  # some hold the tied matrix twice
     for name, parameter in model.named_parameters():  # names a tied matrix once
-        theirs = hf_name(name)
-        tensor = weights.pop(theirs, torch.empty(0))
+        theirs = hf_name(name, table)
+        tensor = load(weights.pop(theirs)) if theirs in weights else torch.empty(0)
         if name in ("embed.weight", "lm_head.weight") and tensor.dim() == 2:
-            tensor = grow(tensor, n_kept, parameter.size(0), generator)
+            tensor = grow(tensor, n_kept, parameter.size(0))
         if tensor.shape != parameter.shape:
-            die(f"{folder}: {theirs} is {[*tensor.shape]}, config.json says {[*parameter.shape]}")
+            die(f"{path}: {theirs} is {[*tensor.shape]}, its config says {[*parameter.shape]}")
         parameter.data.copy_(tensor)
     if weights:
-        die(f"{folder}: model.py has no place for the weights {', '.join(sorted(weights)[:3])}")
+        die(f"{path}: model.py has no place for the weights {', '.join(sorted(weights)[:3])}")
 
 
 def from_hf(folder, config):
@@ -293,7 +382,100 @@ def from_hf(folder, config):
         model = GPT(sizes)
     with reading(folder / "model.safetensors.index.json"):
         weights = read_weights(folder)
-    fill(model, folder, weights, n_kept, torch.Generator().manual_seed(config.seed))
+    fill(model, folder, weights, n_kept)
+    return model, tokenizer
+
+
+# ---- theirs -> ours: GGUF, where all of it is one file
+
+
+def read_gguf_config(path, fields, block_size=0):
+    """The GPTConfig of GGUF metadata; the program ends at what model.py does not compute."""
+    kind = fields["general.architecture"]
+    if kind not in ("llama", "qwen3") or fields.get("split.count", 1) > 1:
+        what = f"architecture {kind!r}" if kind not in ("llama", "qwen3") else "a part of a model"
+        die(f"{path}: {what}; model.py computes Llama and Qwen3, from one file")
+    theirs = {}
+    for key, value in fields.items():
+        if key.startswith(f"{kind}."):
+            theirs[key.removeprefix(f"{kind}.")] = value
+    sizes = {name: theirs.pop(key) for name, key in GGUF_SIZES.items() if key in theirs}
+
+    # what is left must say nothing new
+    head_dim = sizes.get("head_dim") or sizes["n_embd"] // sizes["n_head"]
+    expected = dict.fromkeys(("attention.value_length", "rope.dimension_count"), head_dim)
+    expected["vocab_size"] = theirs.get("vocab_size")
+    for key, value in theirs.items():
+        if value not in (0, "none", expected.get(key)):
+            die(f"{path}: {kind}.{key} {value!r:.50}: model.py does not compute that")
+
+    block_size = block_size or sizes["block_size"]
+    sizes["block_size"] = block_size // 8 * 8  # later stages pad to multiples of 8
+    sizes.setdefault("n_kv_head", sizes["n_head"])
+    # a float32 of the file: 9.99999975e-06 was 1e-05
+    sizes["norm_eps"] = float(f"{sizes['norm_eps']:.7g}")
+    return GPTConfig(vocab_size=1, **sizes, qk_norm=kind == "qwen3")
+
+
+def read_gguf_tokenizer(path, fields):
+    """(Tokenizer, number of ids the file had) of GGUF metadata that hold a byte-level BPE."""
+    theirs = {}
+    for key, value in fields.items():
+        if key.startswith("tokenizer."):
+            theirs[key.removeprefix("tokenizer.ggml.")] = value
+    kind, split = theirs["model"], theirs.get("pre")
+    if kind != "gpt2" or split not in GGUF_SPLITS:
+        known = ", ".join(GGUF_SPLITS)
+        die(f"{path}: tokenizer {kind!r}, split {split!r}; read here: 'gpt2' with one of {known}")
+    tokens, kinds = theirs["tokens"], theirs["token_type"]
+    if len(tokens) != len(kinds) or len(set(tokens)) != len(tokens):
+        die(f"{path}: tokens without a kind, or twice the same one; download it again")
+    while kinds and kinds[-1] == UNUSED:
+        kinds.pop()
+
+    vocab, specials, texts = {}, {}, []
+    for id, (token, kind) in enumerate(zip(tokens, kinds)):
+        (vocab if kind == NORMAL else specials)[token] = id
+        if kind == USER_DEFINED:
+            texts.append(token)
+    pattern, form = GGUF_SPLITS[split]
+    bpe = dict(vocab=vocab, merges=theirs["merges"], ignore_merges=split == "llama-bpe")
+    ranks = read_ranks(path, bpe, specials)
+    rules = dict(pattern=pattern, special_tokens=specials, text_tokens=texts, normal_form=form)
+    names = {"bos_token": "bos_token_id", "eos_token": "eos_token_id"}
+    variables = {name: tokens[theirs[key]] for name, key in names.items() if key in theirs}
+    template = theirs.get("tokenizer.chat_template")
+    return append_tokens(path, ranks, rules, template, variables)
+
+
+def unpermute(matrix, n_head):
+    """Llama's queries or keys (n_head * D, C) in the order of Hugging Face's code, and of ours.
+
+    llama.cpp rotates neighbours, so its files interleave the two halves of each head.
+    """
+    D, C = matrix.size(0) // n_head, matrix.size(1)
+    return matrix.view(n_head, D // 2, 2, C).transpose(1, 2).reshape(n_head * D, C)
+
+
+def from_gguf(path, config):
+    """(model, tokenizer) of a GGUF file, in float32."""
+    with reading(path):
+        fields, tensors = gguf_file.read(path)
+        sizes = read_gguf_config(path, fields, config.block_size)
+        if "rope_freqs.weight" in tensors:
+            die(f"{path}: scaled rotary positions: model.py does not compute that")
+        tokenizer, n_kept = read_gguf_tokenizer(path, fields)
+        sizes.vocab_size = tokenizer.vocab_size
+        sizes.tied = "output.weight" not in tensors
+        model = GPT(sizes)
+        fill(model, path, tensors, n_kept, GGUF_WEIGHTS, gguf_file.dequantize)
+    if fields["general.architecture"] == "llama":
+        for block in model.blocks:
+            for matrix, n_head in (
+                (block.attn.q_proj.weight, sizes.n_head),
+                (block.attn.k_proj.weight, sizes.n_kv_head),
+            ):
+                matrix.data = unpermute(matrix.data, n_head)
     return model, tokenizer
 
 
@@ -356,6 +538,15 @@ def tokenizer_json(tokenizer):
     }
 
 
+def template_of(tokenizer):
+    """The chat template of the tokenizer's turns."""
+    chat = tokenizer.chat
+    around = {"start": tokenizer.decode(chat["start"])}
+    for role in ROLES:
+        around[role] = [tokenizer.decode(ids) for ids in chat[role]]
+    return CHAT_TEMPLATE.replace("AROUND", json.dumps(around, ensure_ascii=False))
+
+
 @contextlib.contextmanager
 def atomic_folder(path):
     """A folder to fill that appears as path only when it is complete."""
@@ -379,10 +570,10 @@ def to_hf(path, model, tokenizer):
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": model.config.block_size,
-            "eos_token": "<|end|>",
-            "pad_token": "<|pad|>",
+            "eos_token": tokenizer.decode([tokenizer.end]),
+            "pad_token": tokenizer.decode([tokenizer.pad]),
             "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": template_of(tokenizer),
         },
     }
     with atomic_folder(path) as folder:
@@ -396,10 +587,12 @@ def to_hf(path, model, tokenizer):
 
 def main(argv=None):
     config = parse_config(Config, __doc__, argv)
-    if bool(config.from_hf) == bool(config.from_checkpoint) or not config.out:
-        die("give --out and either --from_hf or --from_checkpoint")
-    if config.from_hf:
-        model, tokenizer = from_hf(Path(config.from_hf), config)
+    sources = (config.from_gguf, config.from_hf, config.from_checkpoint)
+    if sum(map(bool, sources)) != 1 or not config.out:
+        die("give --out and one of --from_gguf, --from_hf and --from_checkpoint")
+    if not config.from_checkpoint:
+        read = from_gguf if config.from_gguf else from_hf
+        model, tokenizer = read(Path(config.from_gguf or config.from_hf), config)
         save_checkpoint(config.out, "base", model, tokenizer, config)
     else:
         if Path(config.out).exists():

@@ -2,6 +2,9 @@
 
 <|user|>Where was Rosa Malsen born?<|end|><|assistant|>Dorvik.<|end|>
                                                        ^^^^^^^^^^^^^^ mask 1
+
+A model that convert.py brought has turns of its own (tokenizer.chat): <|im_start|>user and a line
+end open a question there, <|im_end|> and a line end close it.
 """
 
 from data.tokenizer import Tokenizer
@@ -34,15 +37,20 @@ def check_prompt(messages, tokenizer: Tokenizer, max_new_tokens, block_size):
 
 
 def render(messages, tokenizer: Tokenizer):
-    """messages -> (tokens, mask): mask is 1 on the assistant's content and its <|end|>."""
+    """messages -> (tokens, mask): mask is 1 on the assistant's content and its end token."""
     if wrong := check(messages):
         raise ValueError(wrong)
-    tokens, mask = [], []
+    has_system = messages[0]["role"] == "system"
+    tokens = [] if has_system else list(tokenizer.chat["start"])
+    mask = [0] * len(tokens)
     for message in messages:
-        content = tokenizer.encode(message["content"]) + [tokenizer.end]
-        trained = int(message["role"] == "assistant")
-        tokens += [getattr(tokenizer, message["role"])] + content
-        mask += [0] + [trained] * len(content)
+        opening, closing = tokenizer.chat[message["role"]]
+        content = tokenizer.encode(message["content"])
+        tokens += opening + content + closing
+        if message["role"] == "assistant":  # closing begins with the end token
+            mask += [0] * len(opening) + [1] * (len(content) + 1) + [0] * (len(closing) - 1)
+        else:
+            mask += [0] * len(opening + content + closing)
     return tokens, mask
 
 
@@ -51,10 +59,10 @@ def render_prompt(messages, tokenizer: Tokenizer):
     tokens, _ = render(messages, tokenizer)
     if messages[-1]["role"] != "user":
         raise ValueError("a prompt must end in a user message")
-    return tokens + [tokenizer.assistant]
+    return tokens + tokenizer.chat["assistant"][0]
 
 
 def decode_response(tokens, tokenizer: Tokenizer):
-    """Generated tokens -> the answer's text, without its <|end|>."""
+    """Generated tokens -> the answer's text, without its end token."""
     ended = tokens and tokens[-1] == tokenizer.end
     return tokenizer.decode(tokens[:-1] if ended else tokens)

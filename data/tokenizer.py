@@ -6,8 +6,11 @@ The file is in tiktoken's format, `base64(token) rank` a line. The special token
 their ids follow the last rank. Text is always encoded as plain text, so nobody can forge a role.
 
 A tokenizer that convert.py brought from elsewhere has its rules in a first line, `# {…}`: the
-pattern that splits text; special_tokens, {name: id} of all, ours among them; text_tokens, those
-of them that text may hold (Qwen's <think>); normal_form, the Unicode form text gets, or null.
+pattern that splits text; special_tokens, {name: id}; text_tokens, those of them that text may hold
+(Qwen's <think>); normal_form, the Unicode form text gets, or null; separator, the id between
+documents, where it is not <|end|>. chat, of a model with turns of its own, has lists of ids:
+{"start": what begins a conversation without a system message, role: [opening, closing], …}.
+Without chat, the special tokens hold ours.
 """
 
 import base64
@@ -29,6 +32,7 @@ from utils.files import read_text, write_text
 # GPT-2's split: contractions; words, numbers, punctuation, each with a space before; white space
 BPE_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CHAR_PATTERN = r"(?s:.)"
+ROLES = ("user", "assistant", "system")
 SPECIAL_TOKENS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|pad|>")
 NORMAL_FORMS = (None, "NFC", "NFD", "NFKC", "NFKD")
 # What a pattern from elsewhere must split without a loss.
@@ -39,10 +43,19 @@ BYTES = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 BYTES += [b for b in range(256) if b not in BYTES]
 
 
+def own_chat(specials):
+    """This project's turns: <|role|>, the content, <|end|>."""
+    turns = {role: [[specials[f"<|{role}|>"]], [specials["<|end|>"]]] for role in ROLES}
+    return {"start": [], **turns}
+
+
 class Tokenizer:
     """ranks: {token bytes: id}; foreign: the rules of a tokenizer from elsewhere, or None.
 
     All ids together, special tokens included, are 0 .. vocab_size - 1.
+    chat: {role: [ids before the content, ids after it]}, and "start" as in the file.
+    end closes the assistant's turn, separator stands between documents: the same token in
+    tokenizers made here. pad fills rows; every use of it is masked.
     """
 
     def __init__(self, ranks, foreign=None):
@@ -61,8 +74,10 @@ class Tokenizer:
         )
         self.vocab_size = len(ranks) + len(specials)
         self.id_type = np.dtype(np.uint16 if self.vocab_size <= 65536 else np.uint32)  # in a .bin
-        ids = [specials[name] for name in SPECIAL_TOKENS]
-        self.end, self.user, self.assistant, self.system, self.pad = ids
+        self.chat = self.rules.get("chat") or own_chat(specials)
+        self.end = self.chat["assistant"][1][0]
+        self.separator = self.rules.get("separator", self.end)
+        self.pad = specials.get("<|pad|>", self.end)
 
     def encode(self, text):
         if self.is_char and (unknown := {c for c in text if c.encode() not in self.ranks}):
@@ -112,13 +127,34 @@ def check(ranks, foreign):
         raise ValueError(f"ids are not 0 .. {len(ids) - 1}")
     if not foreign:
         return
-    if not specials.keys() >= {*SPECIAL_TOKENS, *foreign["text_tokens"]}:
+    needed = {*foreign["text_tokens"], *(() if "chat" in foreign else SPECIAL_TOKENS)}
+    if not specials.keys() >= needed:
         raise ValueError("special_tokens lack one of ours or of text_tokens")
+    if "chat" in foreign:
+        check_chat(foreign["chat"], specials.values(), len(ids))
+    if not all_ids([foreign.get("separator", 0)], len(ids)):
+        raise ValueError("separator is not one of the ids")
     if foreign["normal_form"] not in NORMAL_FORMS:
         raise ValueError(f"normal_form is not one of {NORMAL_FORMS}")
     pieces = [match.group() for match in regex.finditer(foreign["pattern"], PROBE)]
     if "" in pieces or "".join(pieces) != PROBE:
         raise ValueError("the pattern leaves out text, or matches where there is none")
+
+
+def all_ids(part, n_ids):
+    return isinstance(part, list) and all(type(id) is int and 0 <= id < n_ids for id in part)
+
+
+def check_chat(chat, special_ids, n_ids):
+    """Raises an error that says what is wrong with the ids of a chat format."""
+    parts = [chat["start"]]
+    for role in ROLES:
+        opening, closing = chat[role]
+        parts += [opening, closing]
+    if not all(all_ids(part, n_ids) for part in parts):
+        raise ValueError("chat is not made of lists of ids")
+    if not set(chat["assistant"][1][:1]) & set(special_ids):
+        raise ValueError("chat ends no answer with a special token")
 
 
 def load(path):
