@@ -1,8 +1,11 @@
 # make              set up, then the whole recipe: world, pretraining, SFT, reward model, PPO, report
 # make test         set up, then style and tests
 # make experiments  every claim with its control on three seeds; goes on where it was interrupted
+# make score        the default run over SEEDS="0 1 2", and its score: out/score/score.md
 # make bench        speed against what users would pick instead: out/bench.md; BENCH=--help
+# make gpu          what a GPU makes of it, in at most 8 minutes: docs/gpu.md
 # make test-faults  set up, then what takes longer: kills and damaged files (FUZZ_SECONDS=300)
+# make mutants      plants small bugs for 40 minutes; those that no test notices: out/mutants.txt
 # make clean        remove out/; the virtual environment stays
 # make CHECK=--check   the same as make, and fails where a figure of the report is below its floor
 # A stage reruns only when its input, its script or a file that it imports has changed.
@@ -28,7 +31,7 @@ export GOMP_SPINCOUNT ?= 1000
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 2147483648
 
-.PHONY: all test test-faults experiments bench clean
+.PHONY: all test test-faults experiments score bench gpu mutants clean
 .DELETE_ON_ERROR:
 all: out/report.md
 
@@ -81,8 +84,19 @@ test: $(VENV)/ready-test
 test-faults: $(VENV)/ready-test
 	$(RUN) -m pytest -q -m faults tests
 
+$(VENV)/ready-mutants: $(VENV)/ready-test
+	$(RUN) -m pip install --quiet --disable-pip-version-check cosmic-ray==8.7.0 coverage==7.17.4
+	touch $@
+
+mutants: $(VENV)/ready-mutants
+	$(RUN) tests/mutants.py
+
 experiments: | $(VENV)/ready
 	$(RUN) -m lab.experiments
+
+SEEDS ?= 0 1 2
+score: | $(VENV)/ready
+	$(RUN) -m lab.score --seeds "$(SEEDS)"
 
 # Rows that need TRL or tiny Shakespeare are left out where neither was there before nor a network
 # brings it.
@@ -99,6 +113,10 @@ bench: $(VENV)/ready-test
 	$(RUN) -m bench.run $(BENCH) \
 		$$(test ! -e .venv-trl/ready || echo --trl_python .venv-trl/bin/python) \
 		$$(test ! -e $(SHAKESPEARE)/val.bin || echo --shakespeare $(SHAKESPEARE))
+
+gpu: $(VENV)/ready-test
+	-test -e $(SHAKESPEARE)/val.bin || $(RUN) -m data.fetch text shakespeare --out $(SHAKESPEARE)
+	$(RUN) -m bench.gpu
 
 clean:
 	rm -rf out

@@ -90,8 +90,8 @@ def attention(q, k, v, attn_mask):
     q (B, H, T, D), k and v (B, H, S, D), attn_mask (.., T, S) -> (B, H, T, D)
 
     torch.compile recognizes exactly this form and replaces it with one fused kernel, which
-    tests/test_attention.py watches. A scale by multiplication, a masked_fill, a float32 mask or
-    the float32 softmax of CUDA's autocast would not match.
+    tests/test_attention.py and tests/test_fusion.py watch. A scale by multiplication, a
+    masked_fill, a float32 mask or the float32 softmax of CUDA's autocast would not match.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1)) + attn_mask.to(q.dtype)  # (B, H, T, S)
     weights = torch.softmax(scores, dim=-1, dtype=q.dtype)  # (B, H, T, S)
@@ -99,19 +99,24 @@ def attention(q, k, v, attn_mask):
 
 
 class KVCache:
-    """Every layer's keys and values. Their shape is fixed, so that decoding compiles once."""
+    """Every layer's keys and values. Their shape is fixed, so that decoding compiles once.
+
+    A tensor per layer: compiled code updates these in place, and copies one that holds them all.
+    """
 
     def __init__(self, config, batch_size, length, dtype, device):
-        shape = (config.n_layer, batch_size, config.n_kv_head, length, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (batch_size, config.n_kv_head, length, config.head_dim)  # (B, G, S, D)
+        layers = range(config.n_layer)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.length = length
 
     def update(self, layer, cache_positions, k, v):
         """Writes k and v (B, G, T, D) at cache_positions (T,); returns all of the layer's."""
-        self.k[layer].index_copy_(2, cache_positions, k.to(self.k.dtype))
-        self.v[layer].index_copy_(2, cache_positions, v.to(self.v.dtype))
-        return self.k[layer], self.v[layer]  # (B, G, S, D) each
+        all_k, all_v = self.k[layer], self.v[layer]  # (B, G, S, D) each
+        all_k.index_copy_(2, cache_positions, k.to(all_k.dtype))
+        all_v.index_copy_(2, cache_positions, v.to(all_v.dtype))
+        return all_k, all_v
 
 
 class Attention(nn.Module):
@@ -142,7 +147,10 @@ class Attention(nn.Module):
         if G < H:  # each key/value head serves H / G query heads
             k = k.repeat_interleave(H // G, dim=1)  # (B, H, S, D)
             v = v.repeat_interleave(H // G, dim=1)  # (B, H, S, D)
-        y = attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask)  # (B, H, T, D)
+        if attn_mask is None:  # compiled, and only the future is hidden: see GPT.hidden
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        else:
+            y = attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, H * D)  # (B, T, H * D)
         return self.o_proj(y)  # (B, T, C)
 
@@ -225,8 +233,13 @@ class GPT(nn.Module):
             if T > self.config.block_size:
                 raise ValueError(f"{T} tokens do not fit in block_size {self.config.block_size}")
             cache_positions = torch.arange(T, device=tokens.device)
-        n_keys = T if cache is None else cache.length
-        attn_mask = causal_mask(cache_positions, n_keys, n_pad)  # (T, S) or (B, 1, T, S)
+        # Compiled training does without the mask, for a kernel that skips what it would hide,
+        # half of the work: flash attention takes none.
+        is_plain = cache is None and n_pad is None
+        attn_mask = None
+        if not (is_plain and torch.compiler.is_compiling()):
+            n_keys = T if cache is None else cache.length
+            attn_mask = causal_mask(cache_positions, n_keys, n_pad)  # (T, S) or (B, 1, T, S)
         text_positions = cache_positions  # (T,)
         if n_pad is not None:
             text_positions = (cache_positions - n_pad.view(-1, 1, 1)).clamp(min=0)  # (B, 1, T)
@@ -242,6 +255,11 @@ class GPT(nn.Module):
 
     def forward(self, tokens, n_pad=None):
         return self.logits(self.hidden(tokens, n_pad))  # (B, T, V)
+
+    def next_logits(self, tokens, n_pad, cache, cache_positions):
+        """The logits (B, V) after the last of tokens (B, T): one step of generate."""
+        hidden = self.hidden(tokens, n_pad, cache, cache_positions)[:, -1]  # (B, C)
+        return self.logits(hidden)  # (B, V)
 
     @torch.no_grad()
     def generate(
@@ -282,8 +300,7 @@ class GPT(nn.Module):
         done = torch.zeros(B, dtype=torch.bool, device=self.device)
         columns = []  # the new ids, (B,) per step
         for step in range(max_new_tokens):
-            hidden = self.hidden(tokens, n_pad, cache, cache_positions)[:, -1]  # (B, C)
-            logits = self.logits(hidden)  # (B, V)
+            logits = self.next_logits(tokens, n_pad, cache, cache_positions)  # (B, V)
             # NaN would sample an id beyond V, and looking that up breaks a GPU's context
             if step == 0 and not logits.isfinite().all():
                 raise FloatingPointError("the logits of the next token are not finite")
@@ -335,9 +352,9 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, u=None):
     return torch.searchsorted(cdf / cdf[:, -1:], u[:, None], right=True).squeeze(1)  # (B,)
 
 
-def scatter_to_mask(x, mask):
-    """x (N,) placed where mask (B, T) is True, 0 elsewhere: (B, T)."""
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x)
+def scatter(x, places, like):
+    """x (N,) at places, two (N,), and 0 elsewhere, in the shape (B, T) of like."""
+    return torch.zeros(like.shape, device=like.device).index_put(places, x)
 
 
 def last_true(mask):

@@ -28,12 +28,12 @@ import torch.nn.functional as F
 
 from data import conversation
 from data.examples import load_prompts
-from model import GPT, last_true, scatter_to_mask, token_logprobs
+from model import GPT, last_true, scatter, token_logprobs
 from reward import RewardModel, from_gpt
 from train import parallel, show
-from train.batches import Batches, hold_out, micro_batches, pad_rows
+from train.batches import Batches, hold_out, in_parts, micro_batches, pad_rows, rows_at_once, split
 from train.checkpoint import LANGUAGE_MODELS, load_checkpoint, save_checkpoint
-from train.device import autocast, compile_networks, setup
+from train.device import autocast, compiled, setup, to_device
 from train.loop import Run
 from train.optim import lr_factor, make_optimizers, optimizer_step
 from train.reward_function import RewardFunction
@@ -50,7 +50,7 @@ class Config:
     steps: int = 110  # iterations of rollout and update
     batch_size: int = 128  # episodes per iteration
     minibatch_size: int = 64  # episodes per optimizer step
-    micro_batch_size: int = 0  # episodes per forward pass of the update; 0: all
+    micro_batch_size: int = 0  # episodes per forward pass; 0: all of a rollout or minibatch
     epochs: int = 2  # passes over a rollout; 4 take twice the time and gain nothing here
     max_new_tokens: int = 16  # longest response
     temperature: float = 1.0  # of sampling and of all log-probabilities
@@ -68,7 +68,7 @@ class Config:
     log_every: int = 5  # iterations between log lines
     save_every: int = 20  # iterations between states for --resume
     device: str = "auto"  # auto, cpu, cuda or mps
-    compile: bool = False  # torch.compile the forward passes: pays on CUDA, not on CPU
+    compile: bool | None = None  # torch.compile the losses; None: on CUDA yes, elsewhere no
     seed: int = 0  # prompt order and sampling
     show: bool = False  # print episodes of the first two iterations and exit
 
@@ -158,11 +158,13 @@ def value_loss(values, old_values, returns, mask, clip):
 # ---- forward passes
 
 
+@compiled
 def response_logprobs(model, tokens, mask, temperature):
     """log pi of each action: (B, T), 0 outside the mask. tokens (B, T+1), mask (B, T)"""
-    hidden = model.hidden(tokens[:, :-1])[mask]  # (N, C): only the N actions need logits
+    places = mask.nonzero(as_tuple=True)  # rows and columns of the actions, (N,) each
+    hidden = model.hidden(tokens[:, :-1])[places]  # (N, C): only the actions need logits
     logits = model.logits(hidden) / temperature  # (N, V)
-    return scatter_to_mask(token_logprobs(logits, tokens[:, 1:][mask]), mask)
+    return scatter(token_logprobs(logits, tokens[:, 1:][places]), places, mask)
 
 
 def action_values(critic, tokens, mask):
@@ -179,13 +181,11 @@ def generate_responses(policy, prompt_ids, uniforms, tokenizer, config):
 
     Returns tokens (B, T+1) and mask (B, T), padded on the right, and the responses as lists.
     """
-    responses = policy.generate(
-        prompt_ids,
-        config.max_new_tokens,
-        config.temperature,
-        end_id=tokenizer.end,
-        uniforms=uniforms,
-    )
+    responses, size = [], config.batch_size  # validation has more prompts than a step
+    for prompts, u in zip(split(prompt_ids, size), split(uniforms, size)):
+        responses += policy.generate(
+            prompts, config.max_new_tokens, config.temperature, end_id=tokenizer.end, uniforms=u
+        )
     rows = [prompt + response for prompt, response in zip(prompt_ids, responses)]
     masks = [[0] * len(p) + [1] * len(r) for p, r in zip(prompt_ids, responses)]
     tokens = pad_rows(rows, tokenizer.pad, policy.device)  # (B, T+1)
@@ -209,25 +209,18 @@ def rollout(policy, ref, critic, score, prompts, tokenizer, config):
         tokens, mask, responses = generate_responses(
             policy, prompt_ids, uniforms, tokenizer, config
         )
-        # not the sampler's, which rounds differently from the training forward
-        logprobs = response_logprobs(policy, tokens, mask, config.temperature)  # (B, T)
-        ref_logprobs = response_logprobs(ref, tokens, mask, config.temperature)  # (B, T)
-        values = action_values(critic, tokens, mask)  # (B, T)
+        # not the sampler's, which rounds differently from the training forward; (B, T) each
+        size, args = rows_at_once(config), (tokens, mask, config.temperature)
+        logprobs = in_parts(response_logprobs, size, policy, *args)
+        ref_logprobs = in_parts(response_logprobs, size, ref, *args)
+        values = in_parts(action_values, size, critic, tokens, mask)
     texts = [conversation.decode_response(response, tokenizer) for response in responses]
     scores = score(tokens, mask, prompts, texts)  # (B,)
     ended = [response[-1] == tokenizer.end for response in responses]
-    ended = torch.tensor(ended, device=scores.device)  # (B,)
+    ended = to_device(torch.tensor(ended), scores.device)  # (B,)
     scores = scores.where(ended, config.missing_eos_score).clamp(min=config.min_score)
-    batch = dict(
-        tokens=tokens,
-        mask=mask,
-        logprobs=logprobs,
-        ref_logprobs=ref_logprobs,
-        values=values,
-        scores=scores,
-        ended=ended,
-    )
-    return parallel.gather(batch)
+    columns = dict(mask=mask, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
+    return parallel.gather(dict(tokens=tokens, scores=scores, ended=ended) | columns)
 
 
 def rollout_metrics(batch):
@@ -279,7 +272,8 @@ def update(policy, critic, optimizers, batch, factor, config):
     policy_optimizer, critic_optimizer = optimizers
     sums, grad_norms = defaultdict(float), []
     for _ in range(config.epochs):
-        for minibatch in torch.randperm(len(batch["mask"])).split(config.minibatch_size):
+        order = to_device(torch.randperm(len(batch["mask"])), policy.device)  # (B,)
+        for minibatch in split(order, config.minibatch_size):
             # forward and backward; the mean runs over the actions of the whole minibatch
             n_actions = batch["mask"][minibatch].sum()
             for rows in micro_batches(minibatch, config.micro_batch_size):
@@ -303,10 +297,10 @@ def update(policy, critic, optimizers, batch, factor, config):
 # ---- the networks
 
 
-def load_score(name, tokenizer, device):
+def load_score(name, tokenizer, device, size):
     """(score, reward model or None); score(tokens, mask, prompts, responses) -> (B,).
 
-    prompts is a list of Prompt, responses a list of strings.
+    prompts is a list of Prompt, responses a list of strings; a reward model reads size at once.
     """
     if re.fullmatch(r"[\w.]+:\w+", name):
         function = RewardFunction(name, device)
@@ -317,8 +311,9 @@ def load_score(name, tokenizer, device):
     model.requires_grad_(False)
 
     def score(tokens, mask, prompts, responses):
+        token_mask = F.pad(mask, (1, 0))  # (B, T+1)
         with autocast(device):
-            return model.score(tokens, F.pad(mask, (1, 0)))  # (B,)
+            return in_parts(RewardModel.score, size, model, tokens, token_mask)
 
     return score, model
 
@@ -379,10 +374,9 @@ def main():
     # models: the policy, its frozen reference, reward model or function, the critic
     policy, tokenizer = load_checkpoint(config.init, LANGUAGE_MODELS, GPT, device)
     ref = copy.deepcopy(policy).requires_grad_(False)
-    score, reward_model = load_score(config.reward, tokenizer, device)
+    score, reward_model = load_score(config.reward, tokenizer, device, rows_at_once(config))
     critic = make_critic(policy, reward_model)
-    if config.compile:
-        compile_networks(policy, ref, critic.trunk)
+    policy.next_logits = compiled(policy.next_logits)  # for the rollouts
     adam = dict(weight_decay=0.0, betas=(0.9, 0.999), eps=1e-5)
     optimizers = make_optimizers(policy, config.lr, **adam)
     optimizers += make_optimizers(critic, config.lr, **adam)
@@ -391,7 +385,8 @@ def main():
     block_size = policy.config.block_size
     prompts = load_prompts(config.data, tokenizer, config.max_new_tokens, block_size)
     train, val = hold_out(prompts, size=min(config.val_size, len(prompts) // 4))
-    batches = Batches(train, config.batch_size, config.seed, config.data)
+    prompt_lengths = [len(prompt.tokens) for prompt in train]
+    batches = Batches(train, config.batch_size, config.seed, config.data, prompt_lengths)
     print(f"{policy.n_params():,} parameters in the policy, {len(train):,} + {len(val)} prompts")
     if config.show:
         return show_iterations(policy, ref, critic, score, optimizers, batches, tokenizer, config)

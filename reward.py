@@ -21,11 +21,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.examples import Example, load_pairs
-from model import GPT, GPTConfig, last_true, scatter_to_mask, token_logprobs
+from model import GPT, GPTConfig, last_true, scatter, token_logprobs
 from train import parallel, show
-from train.batches import Batches, collate, hold_out, micro_batches
+from train.batches import Batches, collate, hold_out, micro_batches, rows_at_once, split
 from train.checkpoint import LANGUAGE_MODELS, load_checkpoint, save_checkpoint
-from train.device import autocast, compile_networks, setup
+from train.device import autocast, compiled, setup
 from train.loop import Run
 from train.optim import lr_factor, make_optimizers, optimizer_step
 from utils.cli import die, parse_config
@@ -50,7 +50,7 @@ class Config:
     eval_every: int = 50  # steps between accuracies
     save_every: int = 200  # steps between states for --resume
     device: str = "auto"  # auto, cpu, cuda or mps
-    compile: bool = False  # torch.compile the step: pays on CUDA, not on CPU
+    compile: bool | None = None  # torch.compile the losses; None: on CUDA yes, elsewhere no
     seed: int = 0  # head, batch order and calibration answers
     show: bool = False  # print pairs of the first batch and exit
 
@@ -89,6 +89,7 @@ class RewardModel(nn.Module):
         if config.logprob_term:
             self.logprob_weight = nn.Parameter(torch.ones(1))  # see fit_logprob_weight
 
+    @compiled
     def forward(self, tokens, mask):
         """The scores (B, T) of the answer up to each token.
 
@@ -103,9 +104,10 @@ class RewardModel(nn.Module):
     def answer_logprobs(self, hidden, tokens, mask):
         """log p(the answer up to and including token t | the prompt), by the trunk: (B, T)."""
         is_next = mask[:, 1:]  # (B, T-1): True where the next token is the answer's
-        logits = self.trunk.logits(hidden[:, :-1][is_next])  # (N, V), needed only there
-        logprobs = token_logprobs(logits, tokens[:, 1:][is_next])  # (N,)
-        logprobs = scatter_to_mask(logprobs, is_next)  # (B, T-1)
+        places = is_next.nonzero(as_tuple=True)  # rows and columns, (N,) each
+        logits = self.trunk.logits(hidden[:, :-1][places])  # (N, V), needed only there
+        logprobs = token_logprobs(logits, tokens[:, 1:][places])  # (N,)
+        logprobs = scatter(logprobs, places, is_next)  # (B, T-1)
         return F.pad(logprobs.cumsum(1), (1, 0))  # (B, T)
 
     def score(self, tokens, mask):
@@ -142,13 +144,13 @@ def score_pairs(model, pairs, pad, device):
 
 
 @torch.no_grad()
-def validate(model, pairs, pad, device):
+def validate(model, pairs, pad, device, size):
     """The fraction of pairs whose chosen answer scores higher, with its standard error."""
     if not pairs:
         return {}
     n_right = 0
-    for i in range(0, len(pairs), 64):
-        chosen, rejected = score_pairs(model, pairs[i : i + 64], pad, device)  # (B,) each
+    for part in split(pairs, size):
+        chosen, rejected = score_pairs(model, part, pad, device)  # (B,) each
         n_right += (chosen > rejected).sum().item()
     accuracy = n_right / len(pairs)
     standard_error = math.sqrt(accuracy * (1 - accuracy) / len(pairs))
@@ -159,7 +161,7 @@ def validate(model, pairs, pad, device):
 
 
 @torch.no_grad()
-def fit_logprob_weight(model, pairs, pad, device):
+def fit_logprob_weight(model, pairs, pad, device, size):
     """The w in [-1, 1] with which w log p(answer) alone explains the pairs best.
 
     0.6 in the default world. Long answers differ by tens of nats, mostly by length: for 1,000
@@ -167,8 +169,7 @@ def fit_logprob_weight(model, pairs, pad, device):
     for Adam's small steps on one scalar.
     """
     differences = []
-    for i in range(0, len(pairs), 64):
-        batch = pairs[i : i + 64]
+    for batch in split(pairs, size):
         answers = [pair.chosen for pair in batch] + [pair.rejected for pair in batch]
         tokens, mask = collate(answers, pad, device)  # (2B, T) each
         with autocast(device):
@@ -192,16 +193,16 @@ def calibrate(model, sft, prompts, tokenizer, config):
 
     As in lm-human-preferences (arXiv 1909.08593): so beta means the same for every reward model.
     """
-    scores = []
-    for i in range(0, len(prompts), 64):
-        batch = prompts[i : i + 64]
+    examples, scores = [], []
+    for batch in split(prompts, 64):
         with autocast(sft.device):
             answers = sft.generate(batch, config.max_new_tokens, end_id=tokenizer.end)
-            examples = []
-            for prompt, answer in zip(batch, answers):
-                mask = [0] * len(prompt) + [1] * len(answer)
-                examples.append(Example(prompt + answer, mask, line=0))
-            scores.append(model.score(*collate(examples, tokenizer.pad, sft.device)))
+        for prompt, answer in zip(batch, answers):
+            mask = [0] * len(prompt) + [1] * len(answer)
+            examples.append(Example(prompt + answer, mask, line=0))
+    for part in split(examples, 2 * rows_at_once(config)):  # a step's pairs have two each
+        with autocast(sft.device):
+            scores.append(model.score(*collate(part, tokenizer.pad, sft.device)))
     scores = torch.cat(scores)  # (N,)
     mean, std = scores.mean(), scores.std()
     if not std > 1e-3:  # equal scores differ by rounding
@@ -236,8 +237,7 @@ def main():
     # model: the SFT model's trunk, a new head
     sft, tokenizer = load_checkpoint(config.init, LANGUAGE_MODELS, GPT, device)
     model = from_gpt(sft, config.logprob_term)
-    if config.compile:
-        compile_networks(model.trunk)
+    sft.next_logits = compiled(sft.next_logits)  # for the calibration's answers
 
     # data
     pairs = load_pairs(config.data, tokenizer, model.config.block_size)
@@ -245,8 +245,9 @@ def main():
     prompts = calibration_prompts(train, config, model.config.block_size)
     prompt_lengths = [pair.chosen.prompt_length for pair in train]
     batches = Batches(train, config.batch_size, config.seed, config.data, prompt_lengths)
+    size = rows_at_once(config)
     if config.logprob_term:
-        w = fit_logprob_weight(model, train[:1024], tokenizer.pad, device)
+        w = fit_logprob_weight(model, train[:1024], tokenizer.pad, device, size)
         model.logprob_weight.data.fill_(w)
         print(f"initial logprob_weight {w:.3f}")
     if config.show:
@@ -259,7 +260,7 @@ def main():
     print(f"{n_params:,} parameters, {len(train):,} + {len(val)} pairs, {steps} steps")
 
     run = Run(config, steps, [model], optimizers, batches)
-    for name, value in validate(model, val, tokenizer.pad, device).items():
+    for name, value in validate(model, val, tokenizer.pad, device, size).items():
         print(f"{name} {value:.3f} at step {run.first_step}")
     for step in run:
         # forward and backward
@@ -282,7 +283,7 @@ def main():
             run.log(
                 step + 1,
                 train_loss=parallel.all_reduce_sum(loss_sum).item(),
-                **validate(model, val, tokenizer.pad, device),
+                **validate(model, val, tokenizer.pad, device, size),
                 margin=parallel.all_reduce_sum(margin_sum).item(),
                 grad_norm=grad_norm.item(),
             )

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from data.examples import load_conversations
 from model import GPT
 from train import parallel, show
-from train.batches import Batches, collate, hold_out, micro_batches
+from train.batches import Batches, collate, hold_out, micro_batches, rows_at_once, split
 from train.checkpoint import LANGUAGE_MODELS, load_checkpoint, save_checkpoint
-from train.device import autocast, setup
+from train.device import autocast, compiled, setup
 from train.loop import Run
 from train.optim import lr_factor, make_optimizers, optimizer_step
 from utils.cli import parse_config
@@ -43,7 +43,7 @@ class Config:
     eval_every: int = 10  # steps between validation losses
     save_every: int = 200  # steps between states for --resume
     device: str = "auto"  # auto, cpu, cuda or mps
-    compile: bool = False  # torch.compile the step: pays on CUDA, not on CPU
+    compile: bool | None = None  # torch.compile the losses; None: on CUDA yes, elsewhere no
     seed: int = 0  # batch order
     show: bool = False  # print conversations of the first batch and exit
 
@@ -63,16 +63,21 @@ def masked_loss(logits, targets, mask):
     return (losses * mask.flatten()).sum() / mask.sum()
 
 
+@compiled
+def answer_loss(model, tokens, targets, mask):
+    return masked_loss(model(tokens), targets, mask)
+
+
 @torch.no_grad()
-def validate(model, examples, pad, device):
+def validate(model, examples, pad, device, size):
     """{"val_loss": mean loss over all the answers' tokens}, or {} without examples."""
     if not examples:
         return {}
     total, count = 0.0, 0
-    for i in range(0, len(examples), 64):
-        tokens, targets, mask = inputs_and_targets(examples[i : i + 64], pad, device)
+    for part in split(examples, size):
+        tokens, targets, mask = inputs_and_targets(part, pad, device)  # (B, T) each
         with autocast(device):
-            loss = masked_loss(model(tokens), targets, mask)
+            loss = answer_loss(model, tokens, targets, mask)
         total += loss.item() * mask.sum().item()
         count += mask.sum().item()
     return {"val_loss": total / count}
@@ -92,14 +97,13 @@ def main():
         return show.conversations(*collate(batches[0], tokenizer.pad, device), tokenizer)
 
     # optimizers
-    if config.compile:
-        model.compile()
     steps = config.steps or config.epochs * len(batches)
     optimizers = make_optimizers(model, config.lr, weight_decay=config.weight_decay)
     print(f"{model.n_params():,} parameters, {len(train):,} + {len(val)} conversations")
 
     run = Run(config, steps, [model], optimizers, batches)
-    for name, value in validate(model, val, tokenizer.pad, device).items():
+    size = rows_at_once(config)
+    for name, value in validate(model, val, tokenizer.pad, device, size).items():
         print(f"{name} {value:.3f} at step {run.first_step}")
     for step in run:
         # forward and backward
@@ -109,7 +113,7 @@ def main():
         for micro in micro_batches(batch, config.micro_batch_size):
             tokens, targets, mask = inputs_and_targets(micro, tokenizer.pad, device)  # (B, T) each
             with autocast(device):
-                loss = masked_loss(model(tokens), targets, mask)
+                loss = answer_loss(model, tokens, targets, mask)
             loss = loss * (mask.sum() / n_trained)  # the batch's mean, part by part
             loss.backward()
             loss_sum += loss.detach()
@@ -123,7 +127,7 @@ def main():
             run.log(
                 step + 1,
                 train_loss=parallel.all_reduce_sum(loss_sum).item(),
-                **validate(model, val, tokenizer.pad, device),
+                **validate(model, val, tokenizer.pad, device, size),
                 grad_norm=grad_norm.item(),
             )
 

@@ -161,7 +161,7 @@ def shakespeare_rows(s, config, device):
     T, B = 64, 12
     tokenizer = data.tokenizer.load(folder / "tokenizer.tiktoken")
     train, val = (load_stream(folder, name, tokenizer, T) for name in ("train", "val"))
-    windows = pretrain.Windows(train, T, B, config.seed, folder)
+    windows = pretrain.Windows(train, T, B, config.seed, folder, tokenizer.end)
 
     # so small a model learns at rates several times pretrain.py's defaults
     sizes = dict(vocab_size=tokenizer.vocab_size, n_layer=4, n_head=4, n_embd=128)
@@ -178,7 +178,7 @@ def shakespeare_rows(s, config, device):
             sides.synchronize()
             seconds[name] += time.perf_counter() - start
             steps[name] += chunk
-            if pretrain.validate(model, val, T, device) <= goal:
+            if pretrain.validate(model, val, T, device, 64) <= goal:
                 del waiting[name]
             elif steps[name] >= 4000:
                 die(f"--shakespeare {folder}: {name} not at {goal} in 4000 steps; fetch it anew")
@@ -191,7 +191,7 @@ def generation_rows(s, config, device):
     """Tokens a second of model.generate; of both models without a cache; of transformers."""
     precision = "bfloat16" if device.type == "cuda" else "float32"
     for B, P, n in s.generation:
-        model = sides.our_gpt(s.model, P + n, device).eval()
+        model = sides.our_generator(s.model, P + n, device)
         plain = sides.PlainGPT(**s.model, block_size=P + n).to(device).eval()
         prompts = torch.randint(s.model["vocab_size"], (B, P), device=device)  # (B, P)
         as_nanogpt = dict(draw=sides.multinomial, precision=sides.bfloat16_on_cuda)

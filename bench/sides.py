@@ -25,7 +25,8 @@ import pretrain
 from data.examples import Prompt
 from model import GPT, GPTConfig, sample
 from reward import from_gpt
-from train.device import autocast, compile_networks
+from train import device as its_device
+from train.device import autocast, compiled, should_compile
 from train.optim import lr_factor, make_optimizers, optimizer_step
 from utils.cli import die
 
@@ -76,13 +77,17 @@ def our_gpt(sizes, block_size, device):
     return GPT(GPTConfig(**sizes, n_kv_head=sizes["n_head"], block_size=block_size)).to(device)
 
 
+def compile_as_by_default(device):
+    """Turns --compile on where the stages do, for all that is made here from now on."""
+    its_device.compiling = should_compile(pretrain.Config(), device)
+
+
 def our_stepper(sizes, T, device, **settings):
     """(model, step(tokens, targets, i)): what pretrain.py does with these settings."""
+    compile_as_by_default(device)
     config = pretrain.Config(**settings)
     model = our_gpt(sizes, T, device)
     optimizers = make_optimizers(model, config.lr, config.muon_lr, config.weight_decay)
-    if device.type == "cuda":
-        model.compile()
 
     def step(tokens, targets, i):
         with autocast(device):
@@ -111,8 +116,8 @@ def our_ppo(sizes, p, device):
     policy = our_gpt(sizes, p["prompt"] + p["new_tokens"] + 1, device)
     ref = copy.deepcopy(policy).requires_grad_(False)
     critic = from_gpt(policy, logprob_term=True)
-    if device.type == "cuda":
-        compile_networks(policy, ref, critic.trunk)
+    compile_as_by_default(device)
+    policy.next_logits = compiled(policy.next_logits)
     optimizers = [make_optimizers(net, 1e-5, weight_decay=0.0)[0] for net in (policy, critic)]
     ids = torch.randint(sizes["vocab_size"], (p["batch"], p["prompt"])).tolist()
     prompts = [Prompt(tokens, messages=[], line=0) for tokens in ids]
@@ -182,7 +187,8 @@ def plain_stepper(sizes, T, device, steps=10**6):
     model = PlainGPT(**sizes, block_size=T).to(device)
     adam = dict(betas=(0.9, 0.99), weight_decay=0.1, fused=device.type == "cuda")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **adam)
-    if device.type == "cuda":
+    compile_as_by_default(device)
+    if its_device.compiling:
         model.compile()
 
     def step(tokens, targets, i):
@@ -214,6 +220,13 @@ def generate_without_cache(model, tokens, n, draw=sample, precision=autocast):
 def generate(model, tokens, n):
     with autocast(tokens.device):
         model.generate(tokens.tolist(), n)
+
+
+def our_generator(sizes, block_size, device):
+    compile_as_by_default(device)
+    model = our_gpt(sizes, block_size, device).eval()
+    model.next_logits = compiled(model.next_logits)
+    return model
 
 
 def llama_config(model):
@@ -303,7 +316,7 @@ def step_cost(sizes, batch, repetitions, device):
 
 def decode_cost(sizes, length, device, batch=32, n=16):
     """Median time between two tokens of generate, with a cache of this length."""
-    model = our_gpt(sizes, length, device).eval()
+    model = our_generator(sizes, length, device)
     prompts = torch.randint(sizes["vocab_size"], (batch, length - n)).tolist()
     times = []
     for _ in range(2):  # the first call warms up

@@ -23,9 +23,9 @@ from model import GPT
 from ppo import response_logprobs
 from reward import preference_loss
 from train import parallel, show
-from train.batches import Batches, collate, hold_out, micro_batches
+from train.batches import Batches, collate, hold_out, micro_batches, rows_at_once, split
 from train.checkpoint import LANGUAGE_MODELS, load_checkpoint, save_checkpoint
-from train.device import autocast, compile_networks, setup
+from train.device import autocast, setup
 from train.loop import Run
 from train.optim import lr_factor, make_optimizers, optimizer_step
 from utils.cli import parse_config
@@ -48,7 +48,7 @@ class Config:
     eval_every: int = 50  # steps between accuracies
     save_every: int = 200  # steps between states for --resume
     device: str = "auto"  # auto, cpu, cuda or mps
-    compile: bool = False  # torch.compile the forward passes: pays on CUDA, not on CPU
+    compile: bool | None = None  # torch.compile the losses; None: on CUDA yes, elsewhere no
     seed: int = 0  # batch order
     show: bool = False  # print pairs of the first batch and exit
 
@@ -80,13 +80,12 @@ def pair_logprobs(policy, ref, pairs, pad, device):
 
 
 @torch.no_grad()
-def validate(policy, ref, pairs, beta, pad, device):
+def validate(policy, ref, pairs, beta, pad, device, size):
     """Loss, and the fraction of pairs whose chosen response has the higher implicit reward."""
     if not pairs:
         return {}
     losses, n_right = 0.0, 0
-    for i in range(0, len(pairs), 64):
-        batch = pairs[i : i + 64]
+    for batch in split(pairs, size):
         logprobs, ref_logprobs = pair_logprobs(policy, ref, batch, pad, device)  # (2B,) each
         losses += dpo_loss(logprobs, ref_logprobs, beta).item() * len(batch)
         chosen, rejected = (logprobs - ref_logprobs).chunk(2)  # (B,) each
@@ -112,8 +111,6 @@ def main():
     # models: the policy and its frozen reference
     policy, tokenizer = load_checkpoint(config.init, LANGUAGE_MODELS, GPT, device)
     ref = copy.deepcopy(policy).requires_grad_(False)
-    if config.compile:
-        compile_networks(policy, ref)
     beta, pad = config.beta, tokenizer.pad
 
     # data
@@ -148,7 +145,7 @@ def main():
             run.log(
                 step + 1,
                 train_loss=parallel.all_reduce_sum(loss_sum).item(),
-                **validate(policy, ref, val, beta, pad, device),
+                **validate(policy, ref, val, beta, pad, device, rows_at_once(config)),
                 grad_norm=grad_norm.item(),
             )
 

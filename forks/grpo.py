@@ -25,9 +25,9 @@ import ppo
 from data.examples import load_prompts
 from model import GPT
 from train import parallel, show
-from train.batches import Batches, hold_out, micro_batches
+from train.batches import Batches, hold_out, micro_batches, rows_at_once, split
 from train.checkpoint import LANGUAGE_MODELS, load_checkpoint, save_checkpoint
-from train.device import autocast, compile_networks, setup
+from train.device import autocast, compiled, setup, to_device
 from train.loop import Run
 from train.optim import lr_factor, make_optimizers, optimizer_step
 from utils.cli import die, parse_config
@@ -44,7 +44,7 @@ class Config:
     batch_size: int = 128  # episodes per iteration
     group_size: int = 8  # episodes per prompt
     minibatch_size: int = 64  # episodes per optimizer step
-    micro_batch_size: int = 0  # episodes per forward pass of the update; 0: the whole minibatch
+    micro_batch_size: int = 0  # episodes per forward pass; 0: all of a rollout or minibatch
     epochs: int = 2  # passes over a rollout
     max_new_tokens: int = 16  # longest response
     temperature: float = 1.0  # of sampling and of all log-probabilities
@@ -58,7 +58,7 @@ class Config:
     log_every: int = 5  # iterations between log lines
     save_every: int = 20  # iterations between states for --resume
     device: str = "auto"  # auto, cpu, cuda or mps
-    compile: bool = False  # torch.compile the forward passes: pays on CUDA, not on CPU
+    compile: bool | None = None  # torch.compile the losses; None: on CUDA yes, elsewhere no
     seed: int = 0  # prompt order and sampling
     show: bool = False  # print episodes of the first two iterations and exit
 
@@ -105,7 +105,8 @@ def update(policy, optimizers, batch, factor, config):
     """config.epochs passes of minibatch steps over the rollout. Returns the metrics' means."""
     losses, grad_norms = [], []
     for _ in range(config.epochs):
-        for minibatch in torch.randperm(len(batch["mask"])).split(config.minibatch_size):
+        order = to_device(torch.randperm(len(batch["mask"])), policy.device)  # (B,)
+        for minibatch in split(order, config.minibatch_size):
             # forward and backward; the mean runs over the actions of the whole minibatch
             n_actions = batch["mask"][minibatch].sum()
             for rows in micro_batches(minibatch, config.micro_batch_size):
@@ -146,9 +147,8 @@ def main():
     # models: the policy, its frozen reference, reward model or function
     policy, tokenizer = load_checkpoint(config.init, LANGUAGE_MODELS, GPT, device)
     ref = copy.deepcopy(policy).requires_grad_(False)
-    score, _ = ppo.load_score(config.reward, tokenizer, device)
-    if config.compile:
-        compile_networks(policy, ref)
+    score, _ = ppo.load_score(config.reward, tokenizer, device, rows_at_once(config))
+    policy.next_logits = compiled(policy.next_logits)  # for the rollouts
     adam = dict(weight_decay=0.0, betas=(0.9, 0.999), eps=1e-5)
     optimizers = make_optimizers(policy, config.lr, **adam)
 

@@ -463,7 +463,7 @@ def stop_half_way(folder, workers, stop):
             pytest.fail(f"ended with {code} before it could be stopped: {process.stdout.read()}")
     stop(process.pid)
     # ends when nobody holds the pipe any more: the workers went with their parent
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=600)
     assert process.returncode != 0
     assert 2 < len(list((folder / "out/.parts").glob("*.bin"))) < len(path.read_text()) / 20000
     assert not (folder / "out/train.bin").exists()

@@ -99,7 +99,8 @@ def test_the_rollout_samples_from_the_policy_whose_log_probabilities_it_records(
     """
     policy = tiny.gpt(vocab_size=4)
     rows, n = [[3, 0], [3, 1, 2, 2]], 4000
-    config = dataclasses.replace(CONFIG, max_new_tokens=tiny.MAX_NEW_TOKENS)
+    sizes = dict(batch_size=2 * n, micro_batch_size=0, max_new_tokens=tiny.MAX_NEW_TOKENS)
+    config = dataclasses.replace(CONFIG, **sizes)
 
     def score(tokens, mask, prompts, responses):
         return torch.zeros(len(prompts))

@@ -210,7 +210,7 @@ def test_a_pair_too_long_for_the_model_loses_its_prompts_beginning_before_its_an
         n_before = mask.index(1)
         assert len(tokens) == len(mask) <= 32
         assert mask == [0] * n_before + [1] * (len(mask) - n_before)
-        assert tokens[n_before - 1] == TOKENIZER.assistant
+        assert tokens[n_before - 1 : n_before] == TOKENIZER.chat["assistant"][0]
         assert n_before == 1 + min(n_kept, n_prompt + 2)
         assert whole_text(prompt).endswith(TOKENIZER.decode(tokens[: n_before - 1]))
         assert tokens[:n_before] == pair.prompt

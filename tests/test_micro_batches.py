@@ -1,7 +1,7 @@
 """--micro_batch_size splits a step into several forward passes. It changes no result.
 
-Here pretraining, SFT and the reward model from end to end; PPO's update is tested in
-test_policy_and_value_loss.py.
+Here pretraining, SFT and the reward model from end to end, and PPO's rollout; PPO's update is
+tested in test_policy_and_value_loss.py.
 """
 
 import tempfile
@@ -13,9 +13,12 @@ import pytest
 import tiny
 import torch
 
+import ppo
 import pretrain
 import reward
 import sft
+from forks import dpo, grpo
+from model import GPT
 from train.checkpoint import save_checkpoint
 from utils.files import read_jsonl, write_jsonl, write_text
 
@@ -98,3 +101,65 @@ def test_micro_batches_of_any_size_give_the_same_run(stage):
             torch.testing.assert_close(split, whole, atol=2e-6, rtol=1e-5)
             for record, expected in zip(split_log, log, strict=True):
                 assert dict(record) == pytest.approx(dict(expected), rel=1e-5)
+
+
+# ---- memory: what lies around a step takes no more rows at once than the step
+
+
+ALL = STAGES | dict(ppo=ppo, dpo=dpo, grpo=grpo)
+
+
+@pytest.fixture(scope="module")
+def tiny_flags(tmp_path_factory):
+    return tiny.stage_flags(tmp_path_factory.mktemp("rows"))
+
+
+def most_rows(module, flags):
+    """The most rows of any forward pass of a run: of those that read, of those that sample."""
+    most, real = dict(read=0, sampled=0), GPT.hidden
+
+    def hidden(self, tokens, n_pad=None, cache=None, cache_positions=None):
+        kind = "sampled" if cache else "read"
+        most[kind] = max(most[kind], len(tokens))
+        return real(self, tokens, n_pad, cache, cache_positions)
+
+    with mock.patch.object(GPT, "hidden", hidden):
+        tiny.run(module, flags)
+    return most
+
+
+@pytest.mark.parametrize("size", [0, 2])
+@pytest.mark.parametrize("stage", ALL)
+def test_no_forward_pass_sees_more_rows_than_a_steps(tiny_flags, stage, size):
+    """Neither validation nor PPO's rollout, of 68 records, 75 windows and 9 prompts.
+
+    The reward model's calibration samples 64 answers at once, where only a cache is kept.
+    """
+    flags = tiny_flags[stage] | dict(micro_batch_size=size)
+    most = most_rows(ALL[stage], flags)
+    rows = size or flags["batch_size"]
+    assert most["read"] == (2 * rows if stage in ("reward", "dpo") else rows)
+    assert most["sampled"] <= (64 if stage == "reward" else flags["batch_size"])
+
+
+@tiny.in_precision(torch.float32)
+def test_a_rollout_is_the_same_in_micro_batches_of_any_size():
+    torch.manual_seed(0)
+    policy, ref = tiny.gpt(vocab_size=5), tiny.gpt(vocab_size=5)
+    critic = tiny.critic(policy)
+    prompts = tiny.prompts([torch.randint(5, (1 + i % 5,)).tolist() for i in range(8)])
+    rollouts = []
+    for size in (0, 1, 3):
+        config = ppo.Config(batch_size=8, micro_batch_size=size, max_new_tokens=6)
+        torch.manual_seed(1)
+        arguments = (policy, ref, critic, odd_ids, prompts, tiny.EnumerableTokenizer(), config)
+        rollouts.append(ppo.rollout(*arguments))
+    whole = rollouts[0]
+    assert len(set(whole["mask"].sum(1).tolist())) > 2  # lengths differ
+    for split in rollouts[1:]:
+        for name, x in whole.items():
+            torch.testing.assert_close(split[name], x, atol=1e-5, rtol=1e-5)
+
+
+def odd_ids(tokens, mask, prompts, responses):
+    return (tokens[:, 1:] % 2 * mask).sum(1).float()  # (B,)

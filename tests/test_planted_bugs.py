@@ -21,6 +21,7 @@ import test_model
 import test_policy_and_value_loss
 import test_ppo_optimum
 import test_rewards_and_whitening as test_rewards
+import test_stage_ends
 import test_windows
 import torch
 
@@ -73,6 +74,8 @@ value_loss = partial(
     test_policy_and_value_loss.test_the_value_loss_is_the_worse_of_the_plain_and_the_clipped_error,
     seed=0,
 )
+compares = test_policy_and_value_loss.test_the_update_compares_with_what_the_rollout_recorded
+fresh = test_stage_ends.test_fresh_embeddings_spread_like_the_trained_ones_and_point_everywhere
 sft_mask = (
     test_loss_mask
 ).test_every_batch_of_an_sft_run_to_its_last_trains_exactly_the_assistants_words_and_end_tokens
@@ -123,8 +126,8 @@ BUGS = {
     "reference at another temperature": Bug(
         ppo,
         "rollout",
-        "response_logprobs(ref, tokens, mask, config.temperature)",
-        "response_logprobs(ref, tokens, mask, 1.0)",
+        "size, ref, *args",
+        "size, ref, tokens, mask, 1.0",
         first_step,
     ),
     "rollout at another temperature than training": Bug(
@@ -203,6 +206,27 @@ BUGS = {
         "old_values + (values - old_values)",
         "values.detach() + (values - values.detach())",
         value_loss,
+    ),
+    "ratio of the policy to itself": Bug(
+        ppo,
+        "ppo_loss",
+        "policy_loss(logprobs, old_logprobs,",
+        "policy_loss(logprobs, logprobs.detach(),",
+        compares,
+    ),
+    "values clipped against themselves": Bug(
+        ppo,
+        "ppo_loss",
+        'value_loss(values, batch["values"],',
+        "value_loss(values, values.detach(),",
+        compares,
+    ),
+    "trained embeddings thrown away": Bug(
+        pretrain,
+        "reinit_unseen_embeddings",
+        "weight[~seen] = torch.randn_like(weight[~seen]) * weight[seen].std()",
+        "weight[seen] = torch.randn_like(weight[seen]) * weight[~seen].std()",
+        fresh,
     ),
     "mean of micro-batch means": Bug(
         ppo,
@@ -291,8 +315,8 @@ BUGS = {
     "dropout between old and new log-probabilities": Bug(
         ppo,
         "response_logprobs",
-        "model.hidden(tokens[:, :-1])[mask]",
-        "F.dropout(model.hidden(tokens[:, :-1])[mask], 0.1)",
+        "model.hidden(tokens[:, :-1])[places]",
+        "F.dropout(model.hidden(tokens[:, :-1])[places], 0.1)",
         first_step,
     ),
     "noise between old and new log-probabilities": Bug(

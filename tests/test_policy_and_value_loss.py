@@ -166,6 +166,42 @@ def test_at_ratio_1_the_policy_gradient_is_reinforces():
     torch.testing.assert_close(ppo_gradients, reinforce, atol=1e-5, rtol=1e-4)
 
 
+@tiny.in_precision(torch.float32)
+def test_the_update_compares_with_what_the_rollout_recorded():
+    """Ratios to the rollout's log-probabilities, values against the rollout's values.
+
+    Both lie apart from the networks' own, as they do after the first optimizer step.
+    """
+    policy, critic, batch = experience()
+    mask, moved = batch["mask"], 0.4 * torch.randn(2, *batch["mask"].shape)
+    with torch.no_grad():
+        logprobs = ppo.response_logprobs(policy, batch["tokens"], mask, CONFIG.temperature)
+        values = ppo.action_values(critic, batch["tokens"], mask)
+    batch |= dict(logprobs=logprobs + moved[0] * mask, values=values + moved[1])
+    surrogates, errors, n_clipped, k3 = [], [], 0, []
+    rows = (logprobs, batch["logprobs"], batch["whitened_advantages"])
+    rows += (values, batch["values"], batch["returns"])
+    for new, old, a, v, before, r in zip(*(x[mask].tolist() for x in rows)):
+        ratio, clipped = math.exp(new - old), min(max(v, before - CLIP), before + CLIP)
+        surrogates.append(min(a * ratio, a * min(max(ratio, 1 - CLIP), 1 + CLIP)))
+        errors.append(max((v - r) ** 2, (clipped - r) ** 2))
+        n_clipped += abs(ratio - 1) > CLIP
+        k3.append(ratio - 1 - math.log(ratio))
+    n = len(errors)
+    loss, metrics = ppo.ppo_loss(policy, critic, batch, CONFIG)
+    expected = dict(
+        policy_loss=-sum(surrogates) / n,
+        value_loss=sum(errors) / n / 2,
+        approx_kl=sum(k3) / n,
+        clip_fraction=n_clipped / n,
+    )
+    assert 0.2 < expected["clip_fraction"] < 0.8
+    got = {name: value.item() for name, value in metrics.items()}
+    assert got == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    total = expected["policy_loss"] + CONFIG.value_coef * expected["value_loss"]
+    assert loss.item() == pytest.approx(total, rel=1e-4, abs=1e-5)
+
+
 def weights(policy, critic):
     return dict(policy.named_parameters()) | dict(critic.named_parameters())
 

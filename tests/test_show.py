@@ -19,13 +19,14 @@ import pretrain
 import reward
 import sft
 from data import conversation, tokenizer
+from forks import grpo
 from model import GPT, GPTConfig
 from train import show
 from train.checkpoint import load_checkpoint, read_torch, save_checkpoint
 from utils.files import read_jsonl, write_jsonl, write_text
 
 ROOT = Path(__file__).parent.parent
-STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo}
+STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "grpo": grpo}
 # Far from 1, so that each of them is seen in the numbers.
 BETA, GAMMA, LAM = 0.3, 0.9, 0.8
 QUESTIONS = [f"{word} {i}?" for i in range(10) for word in ("who", "what", "where", "when")]
@@ -78,11 +79,13 @@ def flags(tmp_path_factory):
     questions |= dict(reward=folder / "reward.pt", temperature=1.5, lr=1e-3, max_new_tokens=9)
     sizes_of_ppo = dict(batch_size=16, minibatch_size=8, micro_batch_size=8, val_size=4, steps=2)
     formula = dict(beta=BETA, gamma=GAMMA, lam=LAM)
+    groups = questions | sizes_of_ppo | dict(beta=BETA, group_size=4)
     return {
         "pretrain": common | sizes | dict(data=folder, seq_len=48, batch_size=6),
         "sft": common | demonstrations | dict(batch_size=8),
         "reward": common | preferences | dict(batch_size=8),
         "ppo": common | questions | sizes_of_ppo | formula,
+        "grpo": common | groups,
     }
 
 
@@ -200,6 +203,35 @@ def test_ppo_shows_the_very_batches_that_training_uses(flags, tmp_path, capsys, 
         np.testing.assert_allclose(shown, expected, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def logprobs_by_hand(policy, tokens, mask, temperature):
+    """log pi of each action of one response, from a forward pass of its beginning."""
+    logprobs = []
+    for t in mask.nonzero().flatten().tolist():
+        logits = policy(tokens[None, : t + 1])[0, -1] / temperature  # (V,)
+        logprobs.append(logits.log_softmax(0)[tokens[t + 1]].item())
+    return np.array(logprobs)
+
+
+@tiny.in_precision(torch.float32)
+def test_the_ratio_is_the_probability_after_the_update_over_that_before(flags, capsys, monkeypatch):
+    real, after = ppo.update, []
+
+    def watched(policy, critic, optimizers, batch, factor, config):
+        metrics = real(policy, critic, optimizers, batch, factor, config)
+        for i in (batch["scores"].argmin(), batch["scores"].argmax()):
+            args = batch["tokens"][i], batch["mask"][i], config.temperature
+            after.append(logprobs_by_hand(policy, *args))
+        return metrics
+
+    monkeypatch.setattr(ppo, "update", watched)
+    shown = tables(printed("ppo", flags, capsys))
+    for table, logprobs in zip(shown, after, strict=True):
+        before, ratio = table["rows"][:, 0], table["rows"][:, 8]
+        assert np.abs(ratio - 1).max() > 1e-3
+        np.testing.assert_allclose(ratio, np.exp(logprobs - before), rtol=1e-4, atol=2e-5)
+
+
 def test_the_checkpoint_keeps_the_episodes_of_the_most_blamed_and_the_most_credited_token(
     flags, tmp_path, monkeypatch
 ):
@@ -234,6 +266,22 @@ def test_the_checkpoint_keeps_the_episodes_of_the_most_blamed_and_the_most_credi
         assert episode["tokens"] == [show.spell(token, tok) for token in response]
         assert episode["score"] == last["scores"][i].item()
         assert episode["prompt"].endswith("?<|end|><|assistant|>")
+
+
+# ---- GRPO
+
+
+def test_grpos_advantages_are_the_scores_less_the_penalty_against_their_groups_mean(flags, capsys):
+    out = printed("grpo", flags, capsys)
+    groups = out.split("\niteration ")[1:]
+    assert len(groups) == 2 and all("whose 4 scores differ most" in group for group in groups)
+    for group in groups:
+        assert group.splitlines()[1].split() == ["score", "kl", "advantage", "response"]
+        rows = [[float(x) for x in line.split()[:3]] for line in group.splitlines()[2:6]]
+        scores, kls, advantages = np.array(rows).T
+        penalized = scores - BETA * kls
+        np.testing.assert_allclose(advantages, penalized - penalized.mean(), rtol=0, atol=5e-5)
+        assert np.ptp(scores) > 0.1
 
 
 # ---- SFT and the reward model
@@ -347,11 +395,12 @@ def test_pretrainings_windows_are_the_streams_with_each_border_marked(flags, cap
     out = printed("pretrain", flags, capsys)
     mine = flags["pretrain"]
     stream, seq_len = np.fromfile(mine["data"] / "train.bin", np.uint16), mine["seq_len"]
-    starts = pretrain.Windows(stream, seq_len, mine["batch_size"], mine["seed"], "train.bin")[0]
+    tok = tokenizer.load(mine["data"] / "tokenizer.tiktoken")
+    order = mine["batch_size"], mine["seed"], "train.bin", tok.end
+    starts = pretrain.Windows(stream, seq_len, *order)[0]
     assert f"{mine['batch_size']} windows of {seq_len} tokens" in out
     windows = re.split(r"\nwindow \d+\n", out)[1:]
     assert len(windows) == 4
-    tok = tokenizer.load(mine["data"] / "tokenizer.tiktoken")
     for start, window in zip(starts, windows):
         tokens = stream[start : start + seq_len].tolist()
         assert window.count("|") - 2 * window.count("<|end|>") == len(tokens)
@@ -379,31 +428,72 @@ def test_as_a_program_show_exits_with_0(flags):
     assert (done.returncode, done.stderr) == (0, "") and "targets train" in done.stdout
 
 
+def on_a_terminal(stage, flags, monkeypatch):
+    """What a terminal of 80 columns gets."""
+    master, slave = pty.openpty()
+    # a process that reads, or the terminal's buffer would fill up
+    reader = subprocess.Popen(["cat"], stdin=master, stdout=subprocess.PIPE)
+    os.close(master)
+    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        patch.setattr(sys, "stdout", terminal)
+        run(STAGES[stage], flags[stage] | dict(show=True))
+    return reader.communicate()[0].decode().replace("\r\n", "\n")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_terminal_gets_the_same_text_in_colours_and_no_color_takes_them_away(
     flags, stage, capsys, monkeypatch
 ):
     monkeypatch.setenv("COLUMNS", "80")
     plain = printed(stage, flags, capsys)
-
-    def on_a_terminal():
-        master, slave = pty.openpty()
-        # a process that reads, or the terminal's buffer would fill up
-        reader = subprocess.Popen(["cat"], stdin=master, stdout=subprocess.PIPE)
-        os.close(master)
-        with os.fdopen(slave, "w") as terminal:
-            monkeypatch.setattr(sys, "stdout", terminal)
-            run(STAGES[stage], flags[stage] | dict(show=True))
-            monkeypatch.undo()
-        return reader.communicate()[0].decode().replace("\r\n", "\n")
-
     monkeypatch.delenv("NO_COLOR", raising=False)
-    coloured = on_a_terminal()
+    coloured = on_a_terminal(stage, flags, monkeypatch)
     assert {"\033[36m", "\033[33m", "\033[0m"} == set(re.findall(r"\033\[\d+m", coloured))
     assert re.sub(r"\033\[\d+m", "", coloured).split() == plain.split()
-    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("NO_COLOR", "1")
-    assert on_a_terminal() == plain
+    assert on_a_terminal(stage, flags, monkeypatch) == plain
+
+
+def coloured_lines(stage, flags, monkeypatch):
+    """[[(is cyan, text), …] of a line]; the other colour is yellow."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    lines = []
+    for line in on_a_terminal(stage, flags, monkeypatch).split("\n"):
+        cells = re.findall(r"\033\[(36|33)m(.*?)\033\[0m", line)
+        lines.append([(colour == "36", text) for colour, text in cells])
+    return [cells for cells in lines if cells]
+
+
+@pytest.mark.parametrize("stage, column", [("ppo", 7), ("grpo", 2)])
+def test_what_is_made_likelier_is_cyan_and_the_rest_yellow(flags, monkeypatch, stage, column):
+    """By the sign of the advantage, whitened in PPO."""
+    seen = set()
+    for ((is_cyan, text),) in coloured_lines(stage, flags, monkeypatch):
+        start = column * 11 - (99 if stage == "ppo" else 0)  # numbers of 11 columns, last or first
+        number = float(text[start:][:11])
+        assert is_cyan == (number > 0), text
+        seen.add(is_cyan)
+    assert seen == {True, False}
+
+
+def test_what_sft_trains_is_cyan_and_the_rest_yellow(flags, monkeypatch):
+    lines = coloured_lines("sft", flags, monkeypatch)
+    assert len(lines) % 3 == 0 and len(lines) > 6  # tokens, ids and carets
+    for words, ids, carets in zip(lines[::3], lines[1::3], lines[2::3]):
+        marked = ["^" in text for _, text in carets]
+        for cells in (words, ids, carets):
+            assert [is_cyan for is_cyan, _ in cells] == marked
+
+
+def test_the_chosen_answer_is_cyan_and_the_rejected_one_yellow(flags, monkeypatch):
+    tok, lines = tiny.byte_tokenizer(), coloured_lines("reward", flags, monkeypatch)
+    assert len(lines) == 3 * 2 * 3  # pairs of answers: tokens, ids and scores
+    for i, ids in enumerate(lines[1::3]):
+        answer = tok.decode([int(text) for _, text in ids])
+        assert answer == ("no no<|end|>" if i % 2 else "yes<|end|>")
+        for cells in lines[3 * i : 3 * i + 3]:
+            assert {is_cyan for is_cyan, _ in cells} == {i % 2 == 0}
 
 
 def test_a_token_is_spelled_on_one_line_and_a_wide_character_counts_twice():

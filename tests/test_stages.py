@@ -19,6 +19,7 @@ import ppo
 import pretrain
 import reward
 import sft
+import train.device
 from forks import dpo, grpo
 from lab import report
 from train.batches import Batches, hold_out
@@ -84,6 +85,8 @@ def test_batches_of_many_shapes_compile_nothing_after_the_first_steps(
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(train.device, "compiling", False)  # so again after this test
+    train.device.compiled_version.cache_clear()
     torch._dynamo.reset()
     every = "log_every" if stage == "ppo" else "eval_every"
     changes = {every: 1, "steps": 12, "compile": True, "out": log.with_suffix(".pt")}

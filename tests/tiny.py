@@ -4,14 +4,18 @@ import itertools
 import sys
 from unittest import mock
 
+import numpy as np
 import torch
 
+import sft
 import train.device
 from data.examples import Prompt
 from data.tokenizer import BYTES, Tokenizer
 from model import GPT, GPTConfig
 from reward import from_gpt
 from train.batches import pad_rows
+from train.checkpoint import save_checkpoint
+from utils.files import write_jsonl, write_text
 
 CPU = torch.device("cpu")
 SIZES = dict(
@@ -77,6 +81,57 @@ def run(module, flags):
             argv += [f"--{name}", str(value)]
     with mock.patch.object(sys, "argv", argv):
         module.main()
+
+
+def stage_flags(folder, seed=0):
+    """{stage: flags of a run of three steps}, and in the folder all that the stages read.
+
+    The text holds every id. SFT has taught its model to end most answers, so that they differ in
+    length; the reward model is an untrained one on other weights.
+    """
+    torch.manual_seed(seed)
+    tokenizer, rng = byte_tokenizer(), np.random.default_rng(seed)
+    write_text(folder / "tokenizer.tiktoken", tokenizer.dumps())
+    for name, size in (("train", 3000), ("val", 603)):
+        ids = np.resize(rng.permutation(tokenizer.vocab_size), size)
+        ids[rng.random(size) < 0.2] = tokenizer.end
+        ids.astype(tokenizer.id_type).tofile(folder / f"{name}.bin")
+    demonstrations, pairs, prompts = [], [], []
+    for i in range(96):
+        question = {"role": "user", "content": f"{'abc'[i % 3] * (i % 5)}{100 * seed + i}?"}
+        answer = {"role": "assistant", "content": "ny"[i % 2] * (1 + i % 4)}
+        demonstrations.append({"messages": [question, answer]})
+        answers = ["y" * (1 + i % 3), "n" * (1 + i % 2)]
+        chosen, rejected = reversed(answers) if rng.random() < 0.25 else answers
+        pairs.append({"messages": [question], "chosen": chosen, "rejected": rejected})
+        prompts.append({"messages": [question]})
+    write_jsonl(folder / "conversations.jsonl", demonstrations)
+    write_jsonl(folder / "preferences.jsonl", pairs)
+    write_jsonl(folder / "prompts.jsonl", prompts)
+    files = {name: folder / f"{name}.pt" for name in ("base", "sft", "reward")}
+    base, other = gpt(vocab_size=261, block_size=64), gpt(vocab_size=261, block_size=64)
+    save_checkpoint(files["base"], "base", base, tokenizer, sft.Config())
+    save_checkpoint(files["reward"], "reward", critic(other), tokenizer, sft.Config())
+
+    common = dict(device="cpu", seed=3, out=folder / "out.pt")
+    batches = common | dict(batch_size=8, warmup=2, lr=1e-2, eval_every=1)
+    taught = batches | dict(init=files["base"], data=folder / "conversations.jsonl")
+    taught |= dict(val_fraction=0.7)  # an epoch of the rest has three batches
+    run(sft, taught | dict(out=files["sft"], steps=60, val_fraction=0.0, eval_every=60))
+    compared = batches | dict(init=files["sft"], data=folder / "preferences.jsonl")
+    compared |= dict(val_fraction=0.7)
+    sizes = dict(seq_len=8, block_size=32, n_layer=2, n_head=2, n_kv_head=1, n_embd=16)
+    sampled = common | dict(init=files["sft"], data=folder / "prompts.jsonl", steps=3, lr=1e-2)
+    sampled |= dict(reward=files["reward"], batch_size=8, minibatch_size=4, max_new_tokens=4)
+    sampled |= dict(val_size=9, log_every=1)
+    return {
+        "pretrain": batches | sizes | dict(data=folder, steps=3),
+        "sft": taught,
+        "reward": compared | dict(max_new_tokens=6, calibration_size=16),
+        "ppo": sampled,
+        "dpo": compared,
+        "grpo": sampled | dict(group_size=4),
+    }
 
 
 # ---- ids 0, 1, 2 and the end token 3, at most three tokens

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from train import parallel
+from train.device import to_device
 from utils.cli import die
 
 
@@ -62,17 +63,32 @@ class Batches:
         return f"{self.path}, lines {sorted(row.line for row in self[step])}"
 
 
-def micro_batches(rows, size):
-    """This process's share of a step's rows, in parts of `size` rows; 0: in one part."""
-    rows = parallel.shard(rows)
+def split(rows, size):
+    """The rows in parts of `size`, the last one maybe shorter; 0: in one part."""
     size = size or len(rows)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def micro_batches(rows, size):
+    """This process's share of a step's rows, in parts of `size` rows; 0: in one part."""
+    return split(parallel.shard(rows), size)
+
+
+def in_parts(function, size, model, tokens, mask, *more):
+    """function(model, tokens, mask, *more), for parts of `size` rows: (B, ..)."""
+    parts = zip(split(tokens, size), split(mask, size))
+    return torch.cat([function(model, *part, *more) for part in parts])
+
+
+def rows_at_once(config):
+    """The rows in a forward pass of a step; validation takes no more, or would need more memory."""
+    return config.micro_batch_size or config.batch_size // parallel.size
 
 
 def pad_rows(rows, pad, device):
     """Lists of ids -> (B, T), padded on the right to a multiple of 8, so that few shapes occur."""
     T = 8 * math.ceil(max(map(len, rows)) / 8)
-    return torch.tensor([list(row) + [pad] * (T - len(row)) for row in rows], device=device)
+    return to_device(torch.tensor([list(row) + [pad] * (T - len(row)) for row in rows]), device)
 
 
 def collate(examples, pad, device):

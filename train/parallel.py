@@ -19,8 +19,6 @@ size = int(os.environ["WORLD_SIZE"]) if launched else 1
 def start(device):
     """Joins the other processes. All but the first fall silent, except for errors."""
     if size > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         if rank:
             sys.stdout = open(os.devnull, "w")

@@ -31,7 +31,7 @@ def parse_config(cls, doc, argv=None):
     fields = dataclasses.fields(cls)
     for field in fields:
         kind = dict(type=type(field.default))
-        if isinstance(field.default, bool):
+        if isinstance(field.default, bool) or field.type == (bool | None):
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(field.default, tuple):
             kind = dict(type=str, nargs="+")
