@@ -183,14 +183,15 @@ def in_child(seconds, function, *args):
     receiver, sender = os.pipe()
     pid = os.fork()
     if not pid:
-        os.setsid()
-        with open(os.devnull, "w") as null:
-            os.dup2(null.fileno(), 1)
-            os.dup2(null.fileno(), 2)
-        sys.path.insert(0, os.getcwd())
-        with os.fdopen(sender, "wb") as pipe:
-            pickle.dump(function(*args), pipe)
-            pipe.flush()
+        try:
+            os.setsid()
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), 1)
+                os.dup2(null.fileno(), 2)
+            sys.path.insert(0, os.getcwd())
+            with os.fdopen(sender, "wb") as pipe:
+                pickle.dump(function(*args), pipe)
+        finally:
             os._exit(0)
     os.close(sender)
     ready = select.select([receiver], [], [], seconds)[0]

@@ -150,6 +150,7 @@ def test_a_gguf_file_gives_the_same_ids_and_logits_as_transformers(tmp_path, kin
     theirs, hf = make(tmp_path / "model.gguf", *kind)
     ours, tokenizer = from_gguf(tmp_path / "model.gguf", tmp_path / "base.pt")
     n = hf.get_vocab_size()
+    assert tokenizer.vocab_size == n + 5  # the unused rows are gone, our five tokens follow
     for text in (TEXT, prose(seed=1), "<think> e\u0301 12 345\r\n <|im_end|>", "'LL  1\n\n"):
         ids = hf.encode(text.replace("<|im_end|>", ""), add_special_tokens=False).ids
         assert tokenizer.encode(text.replace("<|im_end|>", "")) == ids

@@ -314,7 +314,7 @@ def test_the_terms_weight_starts_where_the_preference_loss_is_least():
         weights = torch.linspace(-1, 1, 2001)[:, None]  # (2001, 1)
         losses = -F.logsigmoid(weights * torch.tensor(differences)).mean(1)  # (2001,)
         best = weights[losses.argmin()].item()
-        fitted = reward.fit_logprob_weight(model, pairs, 0, tiny.CPU)
+        fitted = reward.fit_logprob_weight(model, pairs, 0, tiny.CPU, 64)
         assert fitted == pytest.approx(best, abs=1.1e-3)
         assert (best == 1) == (slope == 50)
 

@@ -280,8 +280,8 @@ BUGS = {
     "SFT mask on the prompt too": Bug(
         conversation,
         "render",
-        'int(message["role"] == "assistant")',
-        "1",
+        "mask += [0] * len(opening + content + closing)",
+        "mask += [1] * len(opening + content + closing)",
         sft_mask,
     ),
     "loss on pads": Bug(
