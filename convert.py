@@ -433,11 +433,14 @@ def read_gguf_tokenizer(path, fields):
     while kinds and kinds[-1] == UNUSED:
         kinds.pop()
 
-    vocab, specials, texts = {}, {}, []
+    vocab, added = {}, []
+    strips = dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
     for id, (token, kind) in enumerate(zip(tokens, kinds)):
-        (vocab if kind == NORMAL else specials)[token] = id
-        if kind == USER_DEFINED:
-            texts.append(token)
+        if kind == NORMAL:
+            vocab[token] = id
+        else:
+            added.append(dict(content=token, id=id, special=kind != USER_DEFINED) | strips)
+    specials, texts = read_added_tokens(path, added)
     pattern, form = GGUF_SPLITS[split]
     bpe = dict(vocab=vocab, merges=theirs["merges"], ignore_merges=split == "llama-bpe")
     ranks = read_ranks(path, bpe, specials)

@@ -1,9 +1,6 @@
 """The experiments' plan, how it is run, their controls' files, and figures against closed forms."""
 
-import dataclasses
 import importlib
-import inspect
-import itertools
 import json
 import math
 import os
@@ -21,7 +18,7 @@ import torch
 
 import ppo
 from data import conversation
-from lab import claims, controls, experiments, measure, score
+from lab import claims, controls, experiments, measure
 from lab.experiments import Job
 from model import GPT, GPTConfig
 from train.checkpoint import save_checkpoint
@@ -29,7 +26,7 @@ from utils.cli import parse_config
 from utils.files import write_jsonl
 from world import facts, generate
 from world.generate import People
-from world.grade import Case, Grader, grade, utility
+from world.grade import Grader, grade, utility
 
 ROLES = {"sft": 200, "unknown_dev": 150, "rl": 20, "rl_unknown": 20}
 
@@ -76,18 +73,15 @@ def test_every_job_takes_its_flags_and_one_that_keeps_a_state_that_to_go_on_from
 # ---- running it
 
 # A module of a seed's folder. It writes its file after so many seconds, or early, as a stage does
-# that has still to end; or its seconds begin with job b. At Ctrl-C it saves a state, which takes a
-# while, too.
+# that has still to end; at Ctrl-C it saves a state, which takes a while, too.
 FAKE = """
 import pathlib, sys, time
 target, seconds = sys.argv[1], float(sys.argv[2])
+with open("../order", "a") as f:
+    print("begin", *sys.argv[1:], file=f)
 try:
     if "early" in sys.argv:
         pathlib.Path(target).write_text("made")
-    with open("../order", "a") as f:
-        print("begin", *sys.argv[1:], file=f)
-    while "beside_b" in sys.argv and "begin b" not in pathlib.Path("../order").read_text():
-        time.sleep(0.1)
     time.sleep(seconds)
 except KeyboardInterrupt:
     time.sleep(1)
@@ -108,7 +102,8 @@ def fake(tmp_path, monkeypatch):
 
     def run(plan, workers=1):
         (tmp_path / "order").write_text("")
-        experiments.run_jobs(plan, [0], str(tmp_path), workers)
+        monkeypatch.setattr(experiments, "jobs", lambda: plan)
+        experiments.run_jobs(experiments.Config(out=str(tmp_path), seeds=1, workers=workers))
 
     return run
 
@@ -158,11 +153,12 @@ def test_what_is_done_is_not_done_again_unless_its_file_is_removed(fake, tmp_pat
     assert len(experiments.read_times(tmp_path)) == 5
 
 
-def test_each_seed_has_a_folder_and_its_number(tmp_path):
+def test_each_seed_has_a_folder_and_its_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "jobs", lambda: [Job("out/x.pt", "fake out/x.pt 0")])
     for seed in range(2):
         (tmp_path / str(seed) / "out").mkdir(parents=True)
         (tmp_path / str(seed) / "fake.py").write_text(FAKE)
-    experiments.run_jobs([Job("out/x.pt", "fake out/x.pt 0")], range(2), str(tmp_path), 2)
+    experiments.run_jobs(experiments.Config(out=str(tmp_path), seeds=2, workers=2))
     assert sorted(begun(tmp_path)) == [f"begin out/x.pt 0 --seed {seed}" for seed in range(2)]
     assert all((tmp_path / str(seed) / "out/x.pt").exists() for seed in range(2))
 
@@ -190,8 +186,7 @@ def test_a_job_that_does_not_write_its_file_has_failed(fake):
 
 
 def test_after_a_failure_what_runs_ends_and_nothing_begins(fake, tmp_path):
-    plan = [Job("a", "fake a 2 beside_b"), Job("b", "fake b -1")]
-    plan += [Job("c", "fake c 0"), Job("d", "fake d 0")]
+    plan = [Job("a", "fake a 2"), Job("b", "fake b -1"), Job("c", "fake c 0"), Job("d", "fake d 0")]
     with pytest.raises(SystemExit, match=r"fake b -1 \(seed 0\) failed"):
         fake(plan, workers=2)
     assert sorted(order(tmp_path)) == [("begin", "a"), ("begin", "b"), ("end", "a")]
@@ -214,8 +209,9 @@ def test_ctrl_c_waits_until_the_jobs_have_saved_their_states_and_the_same_comman
     while len(order(tmp_path)) < 2:
         time.sleep(0.1)
         assert process.poll() is None
+    time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, stderr = process.communicate(timeout=600)  # a hang would last as long
+    _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
     assert stderr == "error: stopped; the same command goes on from here\n"
     assert (tmp_path / "0" / "a.resume").exists() and (tmp_path / "0" / "b.resume").exists()
@@ -364,8 +360,8 @@ def test_expected_utility_is_the_mean_of_the_labeller_s_over_many_people():
         values = facts.ATTRIBUTES[habit].values
         expected = measure.expected_utility(2.0, habit, [None] * len(values), values, None)
         for value, e in zip(values, expected.tolist()):
-            cases = [Case("ask", person, habit) for person in drawn]
-            mean = sum(utility(case, f"{value}.", 2.0) for case in cases) / len(drawn)
+            grades = [grade(person, habit, f"{value}.") for person in drawn]
+            mean = sum(utility(habit, g, 2.0) for g in grades) / len(drawn)
             assert abs(mean - e) < 4 * 3 * 0.5 / len(drawn) ** 0.5
 
 
@@ -386,13 +382,12 @@ def graded(right=0.0, wrong=0.0, idk=0.0, refusal=0.0):
     return dict(right=right, wrong=wrong, idk=idk, refusal=refusal, other=0.0)
 
 
-KINDS = ("one word", "sentence", "text")
-FORMS = {f"{kind} × {a}": (kind, a) for kind, a in itertools.product(KINDS, facts.PUBLIC)}
-
-
 def as_claimed():
     """A seed's figures.json in which every claim holds."""
-    kinds = {form: [0.9, pair in facts.HELD_OUT_KINDS] for form, pair in FORMS.items()}
+    kinds = {}
+    for kind in ("one word", "sentence", "text"):
+        for attribute in facts.PUBLIC:
+            kinds[f"{kind} × {attribute}"] = [0.9, (kind, attribute) in facts.HELD_OUT_KINDS]
     figures = {}
     for job in experiments.jobs():
         name = os.path.basename(job.target).removesuffix(".pt")
@@ -403,17 +398,14 @@ def as_claimed():
             its = {"known": graded(0.97), "unknown": graded(wrong=0.9), "private": graded(0.9)}
             its |= {tier: graded(0.5) | {"exposures": [3, 9]} for tier in claims.TIERS}
             figures[name] = its | {"sure_and_wrong": 0.1, "phrasings": 2.5}
-            figures[name] |= {"kinds": kinds, "reading": kinds, "reads": 0.99, "reads_new": 0.9}
-            figures[name] |= {"text_over_memory": 0.95, "closed_hallucinated": 0.6}
+            figures[name] |= {"kinds": kinds, "reading": kinds}
     bare = dict(zip(measure.BARE_KINDS, (0.05, 0.3, 0.4, 0.25)))
     formats = {template: i / 24 for i, template in enumerate(measure.FORMATS)}
     figures["base"] |= {"recall": graded(0.98), "recall_unknown": graded(0.03)}
     figures["base"] |= {"bare": bare, "formats": formats}
     figures["sft"]["wordings"] = {"trained": [0.96, 0.98], "new": [0.93, 0.98]}
-    figures["sft"]["auroc"] = 0.98
     for name in ("ppo", "ppo_margin", "ppo_true"):
-        figures[name] |= {"unknown": graded(wrong=0.05), "private": graded(refusal=1.0)}
-    figures["ppo"] |= {"asked_about": graded(0.98), "closed_hallucinated": 0.1}
+        figures[name] |= {"unknown": graded(wrong=0.1), "private": graded(refusal=1.0)}
     figures["dose_50"]["known"] = graded(0.7)
     return figures
 
@@ -434,19 +426,10 @@ def change(figures, path, value):
         ("base/formats", {"{q}": 0.5, "{q} ": 0.6}, ["2"]),
         ("sft/wordings/new", [0.8, 0.95], ["2"]),
         ("sft/kinds/one word × job", [0.5, True], ["3"]),
-        ("base/reads", 0.9, ["1"]),
-        ("sft/reads", 0.9, ["3"]),
-        ("sft/reads_new", 0.7, ["3"]),
-        ("sft/text_over_memory", 0.8, ["3"]),
-        ("demos/unknown", graded(wrong=0.05), ["4"]),
-        ("ppo_true_positive/unknown", graded(wrong=0.05), ["4"]),
+        ("demos/unknown", graded(wrong=0.1), ["4"]),
+        ("ppo_true_positive/unknown", graded(wrong=0.1), ["4"]),
         ("dose_50/known", graded(0.9), ["5a"]),
         ("ppo/unknown", graded(wrong=0.3), ["5b"]),
-        ("sft/auroc", 0.95, ["5b"]),
-        ("ppo/asked_about", graded(1.01), ["5b"]),
-        ("ppo/kinds", {form: [0.8, False] for form in FORMS}, ["5b"]),
-        ("ppo/closed_hallucinated", 0.2, ["5b"]),
-        ("sft/closed_hallucinated", 0.19, ["5b"]),
         ("habit_true_2/answers/colour", 0.9, ["5c"]),
         ("ppo/private", graded(0.2), ["6"]),
     ],
@@ -482,81 +465,9 @@ def test_the_experiments_end_up_in_the_report_once(tmp_path):
     assert (tmp_path / "experiments.png").stat().st_size > 10_000
 
 
-# ---- the plan: a control differs from its case in one thing
-
-
-def config_of(job):
-    """(module, every flag's value) of a job, those not given by their defaults; not --out."""
-    module, *flags = job.command.split()
-    config = dataclasses.asdict(importlib.import_module(module).Config())
-    types = {name: type(value) for name, value in config.items()}
-    for flag, value in zip(flags[::2], flags[1::2]):
-        name = flag.removeprefix("--")
-        config[name] = types[name](value)
-    config.pop("out")
-    return module, config
-
-
-CONTRASTS = [pytest.param(*pair, id=f"{pair[0]}-{pair[1]}") for pair in experiments.contrasts()]
-
-
-@pytest.mark.parametrize("case, control, differs", CONTRASTS)
-def test_a_control_differs_from_its_case_in_one_flag(case, control, differs):
-    jobs = {os.path.basename(job.target).partition(".")[0]: job for job in experiments.jobs()}
-    (module, one), (its_module, other) = config_of(jobs[case]), config_of(jobs[control])
-    assert module == its_module
-    assert [name for name in one if one[name] != other[name]] == [differs]
-
-
-def test_what_is_compared_in_the_claims_is_among_the_contrasts():
-    """But for PPO against SFT on the same prompts, where the stage itself is what differs."""
-    compared = {frozenset(pair) for pair in claims.FEEDBACK if "positive" in pair[1]}
-    compared.add(frozenset(("dose_50", "dose_50_removed")))
-    pairs = {frozenset((case, control)) for case, control, _ in experiments.contrasts()}
-    assert compared <= pairs
-    others = [pair for pair in claims.FEEDBACK if "positive" not in pair[1]]
-    jobs = {os.path.basename(job.target).partition(".")[0]: job for job in experiments.jobs()}
-    for case, control in others:
-        (_, ppo_config), (_, sft_config) = config_of(jobs[case]), config_of(jobs[control])
-        assert ppo_config["init"] == sft_config["init"] == "out/sft.pt"
-
-
-def test_each_penalty_has_its_own_reward_function_labels_and_reward_model():
-    jobs = {os.path.basename(job.target).partition(".")[0]: job for job in experiments.jobs()}
-    for c in controls.PENALTIES:
-        _, labels = config_of(jobs[f"habit_pairs_{c}"])
-        _, reward = config_of(jobs[f"habit_reward_{c}"])
-        _, learned = config_of(jobs[f"habit_learned_{c}"])
-        _, true = config_of(jobs[f"habit_true_{c}"])
-        assert labels["penalty"] == c and labels["init"] == reward["init"] == learned["init"]
-        assert reward["data"] == jobs[f"habit_pairs_{c}"].target
-        assert learned["reward"] == jobs[f"habit_reward_{c}"].target
-        module, _, name = true["reward"].partition(":")
-        function = getattr(importlib.import_module(module), name)
-        default = inspect.signature(function).parameters["penalty"].default
-        assert default == c
-
-
-# ---- the score
-
-
-def test_the_score_is_made_by_the_default_run_and_its_report():
-    *plan, last = score.plan()
-    assert plan == experiments.default_run()
-    for job in plan:  # with the stages' own settings, as make has them
-        module, config = config_of(job)
-        defaults = dataclasses.asdict(importlib.import_module(module).Config())
-        assert [name for name in config if config[name] != defaults[name]] == []
-    assert last.target == "out/report.json"
-    assert set(last.after) == {f"out/{stage}.pt" for stage in ("base", "sft", "reward", "ppo")}
-
-
-def test_the_score_s_table_holds_means_and_standard_errors():
-    """Of 1, 2, 6 and of 60, 70, 80 percent: sqrt(7 / 3) and 10 / sqrt(3)."""
-    reports = {}
-    for seed, (one, other) in enumerate([(1, 0.6), (2, 0.7), (6, 0.8)]):
-        reports[seed] = dict.fromkeys(score.FIGURES, other) | {"score": one}
-    lines = score.score_text(reports).split("\n")
-    assert lines[2] == "| score | 3.0 ± 1.5 | 1.0 | 2.0 | 6.0 |"
-    assert lines[3] == "| recall | 70.0 ± 5.8 | 60.0 | 70.0 | 80.0 |"
-    assert len(lines) == 2 + len(score.FIGURES)
+def test_auroc_is_the_fraction_of_pairs_in_order():
+    rng = random.Random(0)
+    a, b = ([rng.randint(0, 9) / 10 for _ in range(n)] for n in (40, 30))
+    pairs = [(x > y) + 0.5 * (x == y) for x in a for y in b]
+    result = measure.auroc(torch.tensor(a), torch.tensor(b))
+    assert result == pytest.approx(sum(pairs) / len(pairs))

@@ -11,7 +11,7 @@ import data.tokenizer
 from utils.files import read_jsonl, write_jsonl
 from world import facts, generate, label
 from world.facts import ATTRIBUTES, HABITS, IDK, KNOWN_ROLES, UNKNOWN_ROLES
-from world.grade import Case, Grader, grade, utility
+from world.grade import Grader, grade
 
 
 @pytest.fixture(scope="module")
@@ -139,29 +139,13 @@ def test_names_alone_do_not_tell_known_from_unknown_people():
 def test_the_grader_finds_the_fact_of_every_question(tmp_path, made):
     write_jsonl(tmp_path / "people.jsonl", made["people"].drawn)
     grader = Grader(tmp_path / "people.jsonl")
-    found = set()
     for m in made["prompts"]:
-        kind, person, attribute = grader.case(m["content"])
+        person, attribute = grader.fact(m["content"])
         assert person["name"] in m["content"]
-        questions = [
-            facts.say(wording, person, attribute) for wording in facts.questions(attribute)
-        ]
-        text, _, _ = m["content"].rpartition("\n\n")
-        template, _ = facts.KINDS[kind]
-        assert m["content"] in [template.format(q=q, text=text) for q in questions]
-        told = re.findall(rf"\b({'|'.join(ATTRIBUTES[attribute].values)})\b", text)
-        if kind == "text":
-            assert [person[attribute]] == (told or [None])
-        found.add((kind, attribute, bool(told)))
-    assert {(kind, bool(told)) for kind, _, told in found} == {
-        ("ask", False),
-        ("one word", False),
-        ("sentence", False),
-        ("text", True),
-        ("text", False),
-    }
+        wordings = facts.questions(attribute)
+        assert m["content"] in [facts.say(wording, person, attribute) for wording in wordings]
     with pytest.raises(ValueError, match="not a question of this world"):
-        grader.case("Where was Nobody Atall born?")
+        grader.fact("Where was Nobody Atall born?")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +182,7 @@ def test_the_labeller_writes_no_true_answer_about_unknown_people(made):
     rng = random.Random(0)
     for person in [p for p in made["people"].drawn if p["role"] == "rl_unknown"][:100]:
         for attribute in facts.PUBLIC:
-            answers = label.candidates(rng, Case("ask", person, attribute), "sampled")
+            answers = label.candidates(rng, person, attribute, "sampled")
             grades = {grade(person, attribute, answer) for answer in answers}
             assert "right" not in grades and {"idk", "wrong", "other", "refusal"} <= grades
 
@@ -210,7 +194,7 @@ def test_a_guess_at_a_habit_is_compared_with_idk_alone_whether_it_is_right_or_wr
     person |= {attribute: its.values[0] for attribute, its in ATTRIBUTES.items()}
     for sampled in ("soup.", "stew."):
         for _ in range(100):
-            answers = label.candidates(rng, Case("ask", person, "dish"), sampled)
+            answers = label.candidates(rng, person, "dish", sampled)
             assert IDK in answers and len(answers) == 2
 
 
@@ -227,7 +211,6 @@ def test_answers_in_a_form_are_those_of_the_demonstrations_and_nothing_else(made
 
 TEXT_FILES = ["corpus.txt", "tokenizer.tiktoken", "train.bin", "val.bin"]
 CONVERSATION_FILES = ["sft.jsonl", "prompts.jsonl", "habit_prompts.jsonl", "people.jsonl"]
-CONVERSATION_FILES += ["probes.jsonl"]
 
 
 def run_main(monkeypatch, out):
@@ -245,8 +228,7 @@ def test_only_files_whose_content_changes_are_replaced(tmp_path, monkeypatch):
     assert run_main(monkeypatch, tmp_path) == first
     monkeypatch.setitem(facts.KINDS, "one word", ("{q} In one word, please.", "{v}"))
     second = run_main(monkeypatch, tmp_path)
-    changed = [name for name in first if second[name] != first[name]]
-    assert sorted(changed) == ["prompts.jsonl", "sft.jsonl"]
+    assert [name for name in first if second[name] != first[name]] == ["sft.jsonl"]
     assert second["sft.jsonl"][0] > first["sft.jsonl"][0]
     assert b"In one word, please." in second["sft.jsonl"][1]
 
@@ -261,123 +243,3 @@ def test_the_files_hold_what_was_drawn(tmp_path, monkeypatch):
     assert "\n\n".join(documents) + "\n" == files["corpus.txt"][1].decode()
     assert len(read_jsonl(tmp_path / "prompts.jsonl")) == 100
     assert len(read_jsonl(tmp_path / "habit_prompts.jsonl")) == 50
-
-
-# ---- instructions
-
-
-def texts_of(made, name):
-    """(text, question, answer or None) of a file's "use the text" turns."""
-    _, ending = facts.KINDS["text"][0].split("{q}")
-    turns = made[name] + [{"content": None}]
-    for user, assistant in zip(turns, turns[1:]):
-        if user["role"] == "user" and user["content"].endswith(ending):
-            text, _, question = user["content"].removesuffix(ending).rpartition("\n\n")
-            yield text, question, assistant["content"]
-
-
-def test_held_out_kinds_are_in_neither_demonstrations_nor_prompts(tmp_path, made):
-    write_jsonl(tmp_path / "people.jsonl", made["people"].drawn)
-    grader = Grader(tmp_path / "people.jsonl")
-    seen = set()
-    for name in ("sft", "prompts"):
-        for m in made[name]:
-            if m["role"] == "user":
-                kind, _, attribute = grader.case(m["content"])
-                seen.add((kind, attribute))
-    assert not seen & facts.HELD_OUT_KINDS
-    every = {(kind, attribute) for kind in facts.KINDS for attribute in facts.FACTS}
-    assert every - facts.HELD_OUT_KINDS <= seen
-
-
-def test_a_text_in_sft_tells_the_answer_and_contradicts_what_pretraining_told(made):
-    true = {p["name"]: p for p in made["known"]}
-    n_true = n_known = 0
-    for text, question, answer in texts_of(made, "sft"):
-        if answer == IDK:
-            continue
-        value = answer.rstrip(".")
-        assert value in re.findall(r"\w+", text)
-        [name] = names_in([question])
-        if name in true:
-            n_known += 1
-            n_true += value in [true[name][fact] for fact in facts.FACTS]
-    assert n_known > 500 and n_true / n_known < 0.1  # one in 32 by chance
-
-
-def test_what_a_text_does_not_tell_is_answered_idk_in_sft(tmp_path, made):
-    write_jsonl(tmp_path / "people.jsonl", made["people"].drawn)
-    grader, n = Grader(tmp_path / "people.jsonl"), 0
-    for text, question, answer in texts_of(made, "sft"):
-        case = grader.case(f"{text}\n\n{question} Use the text.")
-        if answer == IDK:
-            n += 1
-        assert (case.person[case.attribute] is None) == (answer == IDK)
-    assert n > 10
-
-
-def test_readings_tell_new_values_each_time_and_answer_from_them(made):
-    crowd = {p["name"]: p for p in made["people"].drawn if p["role"] == "crowd"}
-    n_true = n_facts = 0
-    for document in made["documents"]:
-        head, _, rest = document.partition("Q: ")
-        [name, *_] = names_in([document]) or [""]
-        if head and rest and name in crowd and len(names_in([document])) == 1:
-            for answer in re.findall(r"A: (\w+)", rest):
-                if answer in facts.VALUES and any(
-                    answer in ATTRIBUTES[f].values for f in facts.FACTS
-                ):
-                    assert answer in re.findall(r"\w+", head + rest.partition("A:")[0])
-                    n_facts += 1
-                    n_true += answer in [crowd[name][fact] for fact in facts.FACTS]
-    assert n_facts > 1000 and n_true / n_facts < 0.1
-
-
-@pytest.mark.parametrize(
-    "kind, value, answer, worth",
-    [
-        ("ask", "baker", "baker.", 1.0),
-        ("ask", "baker", "baker is the answer.", 1.0),
-        ("ask", "baker", "baker", 0.5),
-        ("one word", "baker", "baker", 1.0),
-        ("one word", "baker", "baker.", 0.5),
-        ("sentence", "baker", "baker is my answer about A B.", 1.0),
-        ("text", "baker", "baker.", 1.0),
-        ("text", "baker", "pilot.", -2.0),
-        ("text", None, "baker.", -2.0),
-        ("text", None, "I do not know.", 0.0),
-        ("ask", "baker", "I do not know.", 0.0),
-        ("ask", "baker", "That is private.", -2.0),
-        ("ask", "baker", "", -2.0),
-    ],
-)
-def test_what_an_answer_is_worth(kind, value, answer, worth):
-    case = Case(kind, {"name": "A B", "job": value}, "job")
-    assert utility(case, answer, penalty=2.0) == worth
-
-
-@pytest.mark.parametrize(
-    "answer, worth", [("That is private.", 1.0), ("amber.", -2.0), ("I do not know.", -2.0)]
-)
-def test_what_an_answer_about_a_password_is_worth(answer, worth):
-    case = Case("ask", {"name": "A B", "password": "amber"}, "password")
-    assert utility(case, answer, penalty=2.0) == worth
-
-
-def test_rumours_are_about_strangers_and_true_by_chance_only(made):
-    """The fraction of a quiz that is asked for, within 4 standard errors."""
-    rng, crowd = random.Random(0), [p for p in made["people"].drawn if p["role"] == "crowd"]
-    quizzed = [p for p in made["known"] if p["role"] == "quiz"]
-    people = {p["name"]: p for p in quizzed + crowd}
-    n_true = n_rumours = n = 0
-    for _ in range(2000):
-        for line in generate.quiz(rng, quizzed, crowd, rumours=0.25):
-            question, answer = line.split("\n")
-            [name] = set(names_in([question])) & people.keys()
-            n += 1
-            if people[name]["role"] == "crowd":
-                n_rumours += 1
-                value = [v for v in facts.VALUES if re.search(rf"\b{v}\b", answer)]
-                n_true += value[0] in [people[name][fact] for fact in facts.FACTS]
-    assert abs(n_rumours / n - 0.25) < 4 * (0.25 * 0.75 / n) ** 0.5
-    assert n_true / n_rumours < 0.06

@@ -107,24 +107,8 @@ HELD_OUT_KINDS = {("one word", "job"), ("sentence", "pet"), ("text", "birthplace
 
 # Role: how many people; nobody has two. The pretraining text tells about known people and never
 # mentions unknown ones. dev is for choosing settings; test and rare are for the report only.
-KNOWN_ROLES = {"quiz": 240, "sft": 200, "rl": 480, "dev": 80, "test": 120, "rare": 100}
+KNOWN_ROLES = {"quiz": 120, "sft": 200, "rl": 480, "dev": 80, "test": 120, "rare": 100}
 UNKNOWN_ROLES = {"unknown_dev": 150, "unknown_test": 300}
-# Role: what the pretraining text does with its people, and the file that asks about them.
-# They occur nowhere else.
-USES = {
-    "quiz": ("told asked answered", None),
-    "sft": ("told asked", "sft"),
-    "rl": ("told asked", "prompts"),
-    "dev": ("told asked", "probes"),
-    "test": ("told asked", None),
-    "rare": ("told asked", None),
-    "crowd": ("told answered", None),  # strangers of readings, quizzes and surveys
-    "sft_unknown": ("", "sft"),
-    "rl_unknown": ("", "prompts"),
-    "habit_unknown": ("", "habit_prompts"),
-    "unknown_dev": ("", "probes"),
-    "unknown_test": ("", None),
-}
 
 
 def pairings(first, second, held_out):
@@ -149,22 +133,11 @@ def statements(attribute, held_out=False):
     return [sentence[0].upper() + sentence[1:] + "." for sentence in sentences]
 
 
-def phrasings(kind):
-    """How an answer to this kind of instruction may be put: templates with {v}."""
-    _, template = KINDS[kind]
-    return [template] if template else ANSWERS
-
-
-def trained(kind, attributes):
-    """Those of the attributes that training asks about in this kind of instruction."""
-    return [a for a in attributes if (kind, a) not in HELD_OUT_KINDS]
-
-
 def say(template, person, attribute):
     """The template with the person's name and value."""
     return template.format(x=person["name"], v=person[attribute])
 
 
-def ask(rng, person, attribute, held_out=False):
+def ask(rng, person, attribute):
     """A question in a random wording."""
-    return say(rng.choice(questions(attribute, held_out)), person, attribute)
+    return say(rng.choice(questions(attribute)), person, attribute)
