@@ -237,7 +237,6 @@ def main():
     # model: the SFT model's trunk, a new head
     sft, tokenizer = load_checkpoint(config.init, LANGUAGE_MODELS, GPT, device)
     model = from_gpt(sft, config.logprob_term)
-    sft.next_logits = compiled(sft.next_logits)  # for the calibration's answers
 
     # data
     pairs = load_pairs(config.data, tokenizer, model.config.block_size)
