@@ -77,7 +77,10 @@ def flags(tmp_path_factory):
 def test_batches_of_many_shapes_compile_nothing_after_the_first_steps(
     flags, tmp_path, monkeypatch, stage
 ):
-    """Each graph is noted with the number of steps that were logged before it."""
+    """Each graph is noted with the number of steps that were logged before it.
+
+    Those after the last step are of the reward model's calibration, which samples answers.
+    """
     log, before = tmp_path / "compiled.jsonl", []
 
     def backend(graph, inputs):
@@ -93,7 +96,8 @@ def test_batches_of_many_shapes_compile_nothing_after_the_first_steps(
     # without this it would continue uncompiled
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         run(STAGES[stage], flags[stage] | changes)
-    assert before and max(before) <= 4
+    during = [n_logged for n_logged in before if n_logged < changes["steps"]]
+    assert during and max(during) <= 4
 
 
 def test_each_prompt_is_labelled_once_before_any_is_labelled_twice(flags):
