@@ -41,14 +41,13 @@ def activations(c, n_tokens, T, width=2, fused=False):
     """Bytes that are kept for the backward pass, of n_tokens in rows of T.
 
     Each block keeps, a token: the inputs of both norms in float32 (8 C); in autocast's precision
-    the inputs of the six linear layers that read the residual stream or attention's output, one
-    more, q, k and v (10 C), the MLP's gate and products (4 n_inner), and the weights of attention
-    (H T). A fused kernel keeps its output and a sum a head in their place; without autocast three
-    of the inputs are one. What torch.compile computes anew in the backward pass counts here: its
-    need is less.
+    the inputs of six linear layers and q, k, v (9 C; without autocast the norms' outputs are one
+    tensor each, 6 C), the MLP's gate and products (4 n_inner), and the weights of attention (H T).
+    A fused kernel keeps its output and a sum a head in their place. What torch.compile computes
+    anew in the backward pass counts here: its need is less.
     """
     C, H = c.n_embd, c.n_head
-    numbers = (10 if width == 2 else 6) * C + 4 * c.n_inner + (C if fused else H * T)
+    numbers = (9 if width == 2 else 6) * C + 4 * c.n_inner + (C if fused else H * T)
     a_block = 8 * C + width * numbers + 4 * H * fused
     return n_tokens * (c.n_layer * a_block + (4 + width) * C)  # and the last norm
 

@@ -199,10 +199,10 @@ def main():
         # in bfloat16
         for stage in STAGES:
             seen["shown"][stage] = len(run(stage, flags[stage] | dict(show=True)))
-        run("ppo", flags["ppo"])
-        whole = weights(flags["ppo"])
-        flags["ppo"]["out"].unlink()
-        resumed = interrupted_and_resumed("ppo", flags["ppo"])
+        run("sft", flags["sft"])
+        whole = weights(flags["sft"])
+        flags["sft"]["out"].unlink()
+        resumed = interrupted_and_resumed("sft", flags["sft"])
         seen["differences"]["resumed"] = difference(resumed, whole)
         with mock.patch.object(torch.cuda, "set_device") as set_device:
             setup(SimpleNamespace(device="cuda:1", seed=0))
