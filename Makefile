@@ -1,5 +1,6 @@
 # make              set up, then the whole recipe: world, pretraining, SFT, reward model, PPO, report
 # make test         set up, then style and tests
+# make docs-check   the documents' links, commands and figures, in under a minute
 # make experiments  every claim with its control on three seeds; goes on where it was interrupted
 # make bench        speed against what users would pick instead: out/bench.md; BENCH=--help
 # make gpu          what a GPU makes of it, in at most 8 minutes: docs/gpu.md
@@ -30,7 +31,7 @@ export GOMP_SPINCOUNT ?= 1000
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 2147483648
 
-.PHONY: all test test-faults experiments bench gpu mutants clean
+.PHONY: all test docs-check test-faults experiments bench gpu mutants clean
 .DELETE_ON_ERROR:
 all: out/report.md
 
@@ -79,6 +80,9 @@ test: $(VENV)/ready-test
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(RUN) -m pytest -q tests
+
+docs-check: $(VENV)/ready-test
+	$(RUN) -m pytest -q tests/test_docs.py $(wildcard tests/test_lessons.py)
 
 test-faults: $(VENV)/ready-test
 	$(RUN) -m pytest -q -m faults tests

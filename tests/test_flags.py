@@ -219,3 +219,10 @@ def test_another_value_of_chats_flag_gives_another_answer(
     first = said(folder, monkeypatch, capsys)
     assert len(first) > 20 and said(folder, monkeypatch, capsys) == first
     assert said(folder, monkeypatch, capsys, **{name: CHAT[name]}) != first
+
+
+def test_chats_top_k_0_samples_among_all_tokens(folder, monkeypatch, capsys, own_signals):
+    flags = dict(temperature=1.0, top_p=1.0, seed=1)
+    of_all = said(folder, monkeypatch, capsys, top_k=0, **flags)
+    assert of_all == said(folder, monkeypatch, capsys, top_k=261, **flags)
+    assert of_all != said(folder, monkeypatch, capsys, top_k=2, **flags)

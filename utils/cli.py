@@ -51,7 +51,7 @@ def parse_config(cls, doc, argv=None):
 def check_number(name, value, default):
     """Ends the program if a flag's number makes no sense. 0 is allowed where it is the default."""
     if type(value) is int:
-        least = 0 if default == 0 or name == "warmup" else 1
+        least = 0 if default == 0 or name in ("warmup", "top_k") else 1
         if not least <= value <= 10**12:  # PPO's seeds, 10**6 times as large, end at 2**64
             die(f"--{name} {value}: must be at least {least}, and at most 10**12")
     if type(value) is float and value != default:
