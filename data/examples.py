@@ -100,7 +100,8 @@ def load_pairs(path, tokenizer, block_size):
         answers = [tokenizer.encode(record[name]) for name in ("chosen", "rejected")]
         answers = [answer + [tokenizer.end] for answer in answers]
         too_long = len(prompt) + max(map(len, answers)) - block_size
-        n_cut = min(max(too_long, 0), len(prompt) - 1)  # the last one, <|assistant|>, stays
+        opening, _ = tokenizer.chat["assistant"]  # stays, for the answer to begin after it
+        n_cut = min(max(too_long, 0), len(prompt) - len(opening))
         prompt = prompt[n_cut:]
         examples = []
         for answer in answers:

@@ -223,7 +223,7 @@ def write_part(path, pieces):
     """Tokenizes [(text, whether a document ends there)] into a file; runs in a worker."""
     with atomic(path) as f:
         for text, ends in pieces:
-            ids = tokenizer.encode(text) + [tokenizer.end] * ends
+            ids = tokenizer.encode(text) + [tokenizer.separator] * ends
             f.write(np.array(ids, tokenizer.id_type).tobytes())
 
 

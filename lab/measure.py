@@ -62,7 +62,7 @@ def answers(model, tokenizer, asked, temperature=0.0):
 
 def continuations(model, tokenizer, texts, max_new_tokens=8, temperature=0.0):
     """What a model writes after texts that begin a document."""
-    prompts = [[tokenizer.end] + tokenizer.encode(text) for text in texts]
+    prompts = [[tokenizer.separator] + tokenizer.encode(text) for text in texts]
     return complete(model, tokenizer, prompts, max_new_tokens, temperature)
 
 

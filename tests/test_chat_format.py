@@ -212,6 +212,22 @@ def test_sft_reward_model_and_ppo_keep_the_turns(converted, tmp_path):
         assert conversation.decode_response(ids, tokenizer) == "The owl."
 
 
+@pytest.mark.parametrize("kind", list(TEMPLATES))
+def test_a_cut_prompt_keeps_all_that_opens_the_answer(converted, kind, tmp_path):
+    _, _, (_, tokenizer) = converted[kind]
+    answers = dict(chosen="The owl lives in Dorvik.", rejected="The owl.")
+    write_jsonl(tmp_path / "pairs.jsonl", [dict(messages=QUESTION, **answers)])
+    block_size = len(tokenizer.encode(answers["chosen"])) + 2  # less than answer and opening
+    (pair,) = load_pairs(tmp_path / "pairs.jsonl", tokenizer, block_size)
+    whole = conversation.render_prompt(QUESTION, tokenizer)
+    bare = conversation.render_prompt([said("user", "")], tokenizer)
+    # what a user's empty turn and any other have in common at the end, from the model's own turns
+    opening = bare[bare.index(tokenizer.end) + 1 :]
+    assert 1 < len(pair.prompt) < len(whole)
+    assert pair.prompt == whole[-len(pair.prompt) :]
+    assert opening[-len(pair.prompt) :] == pair.prompt
+
+
 REFUSED = [
     ("{% for m in messages %}{{ m.content }}", "no use of its chat template"),
     ("{{ raise_exception('no') }}", "no use of its chat template (no)"),
