@@ -1,5 +1,6 @@
 # make              set up, then the whole recipe: world, pretraining, SFT, reward model, PPO, report
 # make test         set up, then style and tests
+# make docs         figures and pictures of out/report.json into docs/
 # make docs-check   the documents' links, commands and figures, in under a minute
 # make experiments  every claim with its control on three seeds; goes on where it was interrupted
 # make bench        speed against what users would pick instead: out/bench.md; BENCH=--help
@@ -31,7 +32,7 @@ export GOMP_SPINCOUNT ?= 1000
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 2147483648
 
-.PHONY: all test docs-check test-faults experiments bench gpu mutants clean
+.PHONY: all test docs docs-check test-faults experiments bench gpu mutants clean
 .DELETE_ON_ERROR:
 all: out/report.md
 
@@ -80,6 +81,9 @@ test: $(VENV)/ready-test
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(RUN) -m pytest -q tests
+
+docs: out/report.md
+	$(RUN) -m lab.docs
 
 docs-check: $(VENV)/ready-test
 	$(RUN) -m pytest -q tests/test_docs.py $(wildcard tests/test_lessons.py)

@@ -27,6 +27,7 @@ from model import attention, causal_mask
 from train import device as its_device
 from train.device import setup
 from utils.cli import die, parse_config
+from utils.files import write_block
 
 ROWS = ("training", "attention", "generation", "PPO", "Shakespeare")
 
@@ -301,7 +302,7 @@ def main():
             print(lines[-1])
     what = f"{name}, {in_gb(total)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; "
     what += f"{time.time() - start:.0f} seconds in all."
-    memory.write_block(config.out, "bench.gpu", f"{what}\n\n{table(HEADER, lines)}")
+    write_block(config.out, "bench.gpu", f"{what}\n\n{table(HEADER, lines)}")
     print(f"wrote {config.out}")
 
 

@@ -9,10 +9,8 @@ forward pass. tests/test_memory.py holds these functions against measured peaks.
 width: bytes of a number in autocast, 2; or 4 where the run is in float32, as on a T4.
 """
 
-from pathlib import Path
-
 from model import GPTConfig
-from utils.files import write_text
+from utils.files import write_block
 
 DOCUMENT = "docs/gpu.md"
 CARDS = (8, 16, 24, 80, 141)  # GB
@@ -134,14 +132,6 @@ def table():
         rlhf = [cell(gb, ppo, c=c, **EPISODES) for gb in CARDS]
         lines.append(f"| {name}: PPO, 128 × (128 + 128) tokens | {' | '.join(rlhf)} |")
     return "\n".join(lines)
-
-
-def write_block(path, name, text):
-    """Replaces what stands between <!-- name --> and <!-- end of name -->."""
-    before, _, rest = Path(path).read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
-    _, _, after = rest.partition(f"<!-- end of {name} -->")
-    block = f"<!-- {name} -->\n{text}\n<!-- end of {name} -->"
-    write_text(path, before + block + after)
 
 
 def main():

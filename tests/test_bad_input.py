@@ -31,7 +31,7 @@ from model import GPT, GPTConfig
 from reward import from_gpt
 from train.checkpoint import save_checkpoint
 from utils.cli import parse_config
-from utils.files import write_jsonl, write_text
+from utils.files import write_block, write_jsonl, write_text
 from world import generate, label
 
 ROOT = Path(__file__).parent.parent
@@ -559,6 +559,19 @@ def test_nothing_half_written_is_left_when_a_file_cannot_be_written(made, tmp_pa
     with pytest.raises(SystemExit, match="cannot be written"):
         run(generate, dict(out=tmp_path / "file" / "world", documents=200))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_document_that_lost_its_block_is_refused(tmp_path):
+    path = tmp_path / "page.md"
+    whole = "before\n<!-- made -->\nold\n<!-- end of made -->\nafter\n"
+    path.write_text(whole)
+    write_block(path, "made", "new, in\ntwo lines")
+    assert path.read_text() == whole.replace("old", "new, in\ntwo lines")
+    for damaged in (whole.replace("<!-- made -->", ""), whole.replace("end of", "")):
+        path.write_text(damaged)
+        with pytest.raises(SystemExit, match="page.md: the line <!-- made --> or its end"):
+            write_block(path, "made", "new")
+        assert path.read_text() == damaged
 
 
 def test_as_a_program_it_exits_with_1_and_one_line_on_stderr(tmp_path):

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import importlib
 import io
+import json
 import re
 import shlex
 from collections import Counter
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from lab import docs
 from utils.cli import parse_config
 
 ROOT = Path(__file__).parent.parent
@@ -336,3 +338,38 @@ def test_the_translations_tables_have_the_same_numbers(both):
 def test_the_translation_has_the_same_numbers(both):
     english, chinese = map(numbers, both)
     assert chinese == english
+
+
+# ---- figures
+
+FIGURES = json.loads((ROOT / "docs/results.json").read_text())
+# sentences of the README, filled with what `python -m lab.docs` wrote
+QUOTED = [
+    "{recall:.0%} of the facts completed right",
+    "a bare question answered in {bare_questions[answers it]:.1%}",
+    "known people {sft_known, new wordings[right]:.1%} right",
+    "unknown ones {sft_unknown, new wordings[wrong]:.1%} hallucinated",
+    "{reward_accuracy:.1%} of held-out pairs ordered right",
+    "unknown people {ppo_unknown, new wordings[wrong]:.1%} hallucinated",
+    "known ones {ppo_known, new wordings[right]:.1%} right",
+    "PPO costs {cost:.0f} points on known people",
+]
+
+
+def kept_right(stage):
+    return FIGURES[f"{stage}_known, new wordings"]["right"]
+
+
+@pytest.mark.parametrize("sentence", QUOTED)
+def test_the_readme_quotes_the_figures_that_were_measured(sentence):
+    cost = 100 * (kept_right("sft") - kept_right("ppo"))
+    assert sentence.format(**FIGURES, cost=cost) in ENGLISH.read_text()
+
+
+def test_no_password_is_told_as_the_readme_says():
+    assert "no password told" in ENGLISH.read_text() and FIGURES["ppo_private"]["right"] == 0
+
+
+def test_the_results_page_is_what_the_command_makes_of_its_figures():
+    text = (ROOT / "docs/results.md").read_text()
+    assert f"{docs.grades_table(FIGURES)}\n\n{docs.summary(FIGURES)}" in text

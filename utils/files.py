@@ -99,3 +99,13 @@ def write_text(path, text):
 def write_jsonl(path, records):
     with atomic(path, "w") as f:
         f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def write_block(path, name, text):
+    """Replaces what stands between the lines <!-- name --> and <!-- end of name -->."""
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    before, begins, rest = read_text(path).partition(begin)
+    _, ends, after = rest.partition(end)
+    if not begins or not ends:
+        die(f"{path}: the line <!-- {name} --> or its end is missing; restore both")
+    write_text(path, before + begin + text + end + after)

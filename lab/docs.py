@@ -1,0 +1,89 @@
+"""What `make` measured, into the documents: docs/results.json, the pictures, docs/results.md.
+
+    python -m lab.docs
+
+Figures that a document quotes come from docs/results.json; tests/test_docs.py holds them to it.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.measure import table
+from utils.cli import die, parse_config
+from utils.files import read_json, write_block, write_text
+
+STAGES = {"base": "after pretraining", "sft": "after SFT", "ppo": "after PPO"}
+PICTURES = ["curves.png", "credit.png"]
+
+
+@dataclass
+class Config:
+    out: str = "out"  # folder of report.json and its pictures
+    docs: str = "docs"  # folder of the documents
+
+
+def grades_table(results):
+    """What each stage answers to questions in new wordings."""
+    header = ["asked in the chat format", "known: right", "known: hallucinated"]
+    header += ["known: “I do not know.”", "unknown: hallucinated", "unknown: “I do not know.”"]
+    rows = []
+    for stage, title in STAGES.items():
+        known, unknown = (results[f"{stage}_{who}, new wordings"] for who in ("known", "unknown"))
+        row = [known["right"], known["wrong"], known["idk"], unknown["wrong"], unknown["idk"]]
+        row.append(results[f"{stage}_private"]["right"])
+        rows.append([title, *[f"{fraction:.1%}" for fraction in row]])
+    return table([*header, "password told"], rows)
+
+
+SUMMARY = """\
+- **Pretraining stores knowledge**: {recall:.1%} of the facts are completed right in sentences never
+  seen, yet a bare question is answered {bare:.1%} of the time; {more_questions:.1%} of the time the
+  base model goes on with more questions. It depends on the prompt's form: from {least:.1%} to
+  {most:.1%} right over {n_formats} formats.
+- **SFT draws it out**, for people it never asked about, from {worst:.1%} to {best:.1%} over
+  {n_wordings} wordings it never saw. And it hallucinates about people nobody told it of.
+- **The reward model** orders {reward_accuracy:.1%} of held-out pairs as the labeller did.
+  **PPO** against it raises the score of held-out prompts
+  from {before[val_score]:.2f} ± {before[val_score_se]:.2f}
+  to {after[val_score]:.2f} ± {after[val_score_se]:.2f} at a KL of {after[val_kl_ref]:.1f} nats,
+  with {ppo_well_formed:.1%} of the sampled answers well-formed and ended."""
+
+
+def summary(results):
+    bare, formats = results["bare_questions"], results["formats"].values()
+    new_wordings = results["wordings"]["new"]
+    before, after = results["ppo_validations"]
+    return SUMMARY.format(
+        **results,
+        bare=bare["answers it"],
+        more_questions=bare["rephrases it"] + bare["asks another question"],
+        least=min(formats),
+        most=max(formats),
+        n_formats=len(formats),
+        worst=min(new_wordings),
+        best=max(new_wordings),
+        n_wordings=len(new_wordings),
+        before=before,
+        after=after,
+    )
+
+
+def main():
+    config = parse_config(Config, __doc__)
+    out, docs = Path(config.out), Path(config.docs)
+    results = read_json(out / "report.json", "`make` writes it")
+    if missing := [stage for stage in STAGES if f"{stage}_private" not in results]:
+        die(f"{out / 'report.json'}: lacks {', '.join(missing)}; `make` runs all stages")
+
+    write_text(docs / "results.json", json.dumps(results, indent=1) + "\n")
+    text = f"{grades_table(results)}\n\n{summary(results)}"
+    write_block(docs / "results.md", "python -m lab.docs", text)
+    for picture in PICTURES:
+        shutil.copyfile(out / picture, docs / picture)
+    print(f"wrote {docs / 'results.json'}, and the default run's part of {docs / 'results.md'}")
+
+
+if __name__ == "__main__":
+    main()
