@@ -366,6 +366,14 @@ def test_the_readme_quotes_the_figures_that_were_measured(sentence):
     assert sentence.format(**FIGURES, cost=cost) in ENGLISH.read_text()
 
 
+def test_the_readmes_controls_have_the_figures_of_the_results_page():
+    section = ENGLISH.read_text().split("| claim |")[1].split("\n\n")[0]
+    figures = re.findall(r"\d+\.\d", section)
+    results = (ROOT / "docs/results.md").read_text()
+    assert len(figures) == 7
+    assert not [figure for figure in figures if figure not in re.findall(r"\d+\.\d", results)]
+
+
 def test_no_password_is_told_as_the_readme_says():
     assert "no password told" in ENGLISH.read_text() and FIGURES["ppo_private"]["right"] == 0
 
