@@ -8,6 +8,7 @@ it counts, not a crash.
 import inspect
 import textwrap
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -418,3 +419,8 @@ def test_a_planted_bug_turns_its_check_red(name, monkeypatch):
     monkeypatch.setattr(bug.owner, bug.function, edited[bug.function])
     with pytest.raises(AssertionError):
         bug.check()
+
+
+def test_the_page_of_proofs_counts_the_bugs():
+    page = Path(__file__).parent.parent / "docs/proofs.md"
+    assert f"| {len(BUGS)} bugs planted one by one" in page.read_text()
