@@ -502,3 +502,36 @@ def test_a_token_is_spelled_on_one_line_and_a_wide_character_counts_twice():
     assert [show.spell(token, tok) for token in tokens] == ["a", "\\n", "\\x1b", "<|end|>"]
     assert show.spell(tok.encode("中")[0], tok) == "�"
     assert show.width("中文ab") == 6 and show.ljust("中", 4) == "中  "
+
+
+# ---- the README's breakpoints
+
+
+def recipes():
+    """[(script, what to type, what to look at)] of the table of breakpoints."""
+    _, table = (ROOT / "README.md").read_text().split("| command | breakpoint |")
+    rows = [line.split("|")[1:4] for line in table.split("\n\n")[0].split("\n")[2:]]
+    first, found = rows[0][0], []
+    for command, breakpoints, look in rows:
+        command = first if "first line" in command else command
+        (script,) = re.findall(r"(\w+)\.py", command)
+        typed = re.findall("`([bc](?: [^`]+)?)`", breakpoints) + ["c"]
+        *steps, expression = re.findall("`([^`]+)`", look)
+        found.append((script, typed + steps * (2 if "twice" in look else 1), expression))
+    return found
+
+
+@pytest.mark.parametrize("script, typed, expression", recipes())
+def test_a_debugger_stops_where_the_readme_says(flags, tmp_path, script, typed, expression):
+    command = [sys.executable, "-m", "pdb", f"{script}.py", "--steps", "2"]
+    for name, value in (flags[script] | dict(out=tmp_path / "new.pt")).items():
+        command += [] if name == "steps" else [f"--{name}", str(value)]
+    command += ["--show"] if script == "ppo" else []
+    typed = "\n".join([*typed, f"p 'seen', {expression}", "q"])
+    seen = subprocess.run(command, input=typed, capture_output=True, text=True, cwd=ROOT)
+    (value,) = re.findall(r"\('seen', (.*)", seen.stdout)
+    assert value.startswith("tensor(") and "***" not in seen.stdout
+    if script == "pretrain" and "targets" in expression:
+        assert value == "tensor(True))"
+    if script == "ppo":  # in the first minibatch all ratios are 1
+        assert float(re.findall(r"\d[\d.e-]*", value)[0]) < 1e-6
