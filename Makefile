@@ -3,6 +3,7 @@
 # make docs         figures and pictures of out/report.json into docs/
 # make docs-check   the documents' links, commands and figures, in under a minute
 # make experiments  every claim with its control on three seeds; goes on where it was interrupted
+# make score        the default run over SEEDS="0 1 2", and its score: out/score/score.md
 # make bench        speed against what users would pick instead: out/bench.md; BENCH=--help
 # make gpu          what a GPU makes of it, in at most 8 minutes: docs/gpu.md
 # make test-faults  set up, then what takes longer: kills and damaged files (FUZZ_SECONDS=300)
@@ -32,7 +33,7 @@ export GOMP_SPINCOUNT ?= 1000
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 2147483648
 
-.PHONY: all test docs docs-check test-faults experiments bench gpu mutants clean
+.PHONY: all test docs docs-check test-faults experiments score bench gpu mutants clean
 .DELETE_ON_ERROR:
 all: out/report.md
 
@@ -100,6 +101,10 @@ mutants: $(VENV)/ready-mutants
 
 experiments: | $(VENV)/ready
 	$(RUN) -m lab.experiments
+
+SEEDS ?= 0 1 2
+score: | $(VENV)/ready
+	$(RUN) -m lab.score --seeds "$(SEEDS)"
 
 # Rows that need TRL or tiny Shakespeare are left out where neither was there before nor a network
 # brings it.

@@ -38,7 +38,7 @@ CONTROLS = "out/world/controls"
 PPO_STEPS = controls.N_EPISODES // 128
 PPO_FLAGS = f"--steps {PPO_STEPS} --lr 1e-4"  # of every run whose samples are compared
 DOSE_STEPS = 20 * controls.N_FACTS // 32  # 20 passes: converged
-DOSE_FLAGS = "--val_fraction 0 --batch_size 32 --lr 5e-4"
+DOSE_FLAGS = "--val_fraction 0 --batch_size 32 --lr 5e-4 --eval_every 75"
 HABIT_BETA = 0.1
 # At twice this rate PPO abstains for good from what is right in 60%, before it has found out
 # which guess is.
@@ -81,18 +81,22 @@ def ppo_job(name, reward, flags=PPO_FLAGS, init="sft"):
     return Job(f"out/{name}.pt", command, ("out/reward.pt",))  # controls.margin reads it
 
 
-def jobs():
-    """The plan of one seed."""
-    # the default run
-    plan = [
+def default_run(ppo_flags=""):
+    """The jobs that `make` does, but for the report."""
+    return [
         Job(PEOPLE, "world.generate"),
         Job("out/base.pt", "pretrain --data out/world --out out/base.pt", (PEOPLE,)),
-        Job(f"{CONTROLS}/done", "lab.controls --data out/world", (PEOPLE,)),
         Job("out/sft.pt", "sft --init out/base.pt --out out/sft.pt"),
         Job(PAIRS, f"world.label --init out/sft.pt --out {PAIRS}"),
         reward_job("reward", "sft", PAIRS),
-        ppo_job("ppo", "out/reward.pt"),
+        ppo_job("ppo", "out/reward.pt", ppo_flags),
     ]
+
+
+def jobs():
+    """The plan of one seed."""
+    plan = default_run(PPO_FLAGS)
+    plan.append(Job(f"{CONTROLS}/done", "lab.controls --data out/world", (PEOPLE,)))
 
     # claim 3: what SFT draws out with answers of other people, and with fewer conversations
     plan += [sft_job(name) for name in ["sft_shuffled"] + [f"sft_{n}" for n in controls.SIZES]]
@@ -109,7 +113,7 @@ def jobs():
     # claim 5a: a fraction of SFT's facts is about people in no text
     for dose in controls.DOSES:
         for control in ["", "_removed", "_idk"] if dose else [""]:
-            flags = f"{DOSE_FLAGS} --eval_every 75 --steps {DOSE_STEPS}"
+            flags = f"{DOSE_FLAGS} --steps {DOSE_STEPS}"
             plan.append(sft_job(f"dose_{dose}{control}", flags))
         plan.append(sft_job(f"dose_{dose}_early", f"{DOSE_FLAGS} --steps {DOSE_STEPS // 10}"))
 
@@ -131,6 +135,28 @@ def jobs():
     return plan + [Job("out/figures.json", "lab.experiments --job measure", checkpoints)]
 
 
+def contrasts():
+    """[(case, control, the one flag in which their commands differ)] of the claims."""
+    pairs = [("sft", "sft_shuffled", "data")]
+    pairs += [("sft", f"sft_{n}", "data") for n in controls.SIZES]
+    pairs += [("demos", "demos_idk", "data"), ("demos", "best_of", "data")]
+    pairs += [("ppo", "ppo_true", "reward"), ("ppo", "ppo_margin", "reward")]
+    pairs += [(name, f"{name}_positive", "min_score") for name in ("ppo_true", "ppo_margin")]
+    for dose in controls.DOSES:
+        pairs.append((f"dose_{dose}", f"dose_{dose}_early", "steps"))
+        for control in ["_removed", "_idk"] if dose else []:
+            pairs.append((f"dose_{dose}", f"dose_{dose}{control}", "data"))
+    pairs += [("dose_0", f"dose_{dose}", "data") for dose in controls.DOSES if dose]
+    for c in controls.PENALTIES:
+        pairs.append((f"habit_true_{c}", f"habit_learned_{c}", "reward"))
+    first, *others = controls.PENALTIES
+    for c in others:
+        pairs.append((f"habit_pairs_{first}", f"habit_pairs_{c}", "penalty"))
+        pairs.append((f"habit_reward_{first}", f"habit_reward_{c}", "data"))
+        pairs.append((f"habit_true_{first}", f"habit_true_{c}", "reward"))
+    return pairs
+
+
 # ---- running it
 
 
@@ -146,7 +172,7 @@ def write_plan(path, plan, seeds):
     What is needed stands after |: that it is there counts, not when it was made.
     """
     lines = []
-    for seed in range(seeds):
+    for seed in seeds:
         for job in plan:
             target = f"{seed}/{job.target}"
             prerequisites = " ".join(f"{seed}/{need}" for need in needs(job, plan))
@@ -157,16 +183,16 @@ def write_plan(path, plan, seeds):
     write_text(path, "\n".join(lines) + "\n")
 
 
-def run_jobs(config):
+def run_jobs(plan, seeds, out, workers):
     """Makes the files that are missing. After a failure nothing new begins."""
-    write_plan(Path(config.out) / "plan.mk", jobs(), config.seeds)
+    write_plan(Path(out) / "plan.mk", plan, seeds)
     make = shutil.which("make") or die("make: no such program; install it")
     environment = os.environ | dict(PYTHON=sys.executable, PYTHONPATH=str(ROOT))
     environment |= dict(OMP_NUM_THREADS="1", MAKEFLAGS="")  # not those of a make that called this
-    command = [make, "-s", f"-j{config.workers}", "-f", str(ROOT / "lab" / "jobs.mk")]
+    command = [make, "-s", f"-j{workers}", "-f", str(ROOT / "lab" / "jobs.mk")]
     # Ctrl-C reaches make and its jobs, too: they save their states, and this waits for them
     before = signal.signal(signal.SIGINT, lambda signum, frame: None)
-    run = subprocess.run(command, cwd=config.out, env=environment, stderr=subprocess.PIPE)
+    run = subprocess.run(command, cwd=out, env=environment, stderr=subprocess.PIPE)
     signal.signal(signal.SIGINT, before)
     if run.returncode == -signal.SIGINT:
         die("stopped; the same command goes on from here")
@@ -255,7 +281,7 @@ def main():
         device = setup(config)
         return controls.best_of(device) if config.job == "best_of" else measure_seed(config, device)
     if not config.report:
-        run_jobs(config)
+        run_jobs(jobs(), range(config.seeds), config.out, config.workers)
     report(config)
 
 

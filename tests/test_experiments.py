@@ -1,5 +1,6 @@
 """The experiments' plan, how it is run, their controls' files, and figures against closed forms."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -18,15 +19,16 @@ import torch
 
 import ppo
 from data import conversation
-from lab import claims, controls, experiments, measure
+from lab import claims, controls, experiments, measure, score
 from lab.experiments import Job
 from model import GPT, GPTConfig
-from train.checkpoint import save_checkpoint
+from reward import RewardModel
+from train.checkpoint import load_checkpoint, save_checkpoint
 from utils.cli import parse_config
-from utils.files import write_jsonl
+from utils.files import read_jsonl, write_jsonl
 from world import facts, generate
 from world.generate import People
-from world.grade import Grader, grade, utility
+from world.grade import Grader, default_grader, grade, utility
 
 ROLES = {"sft": 200, "unknown_dev": 150, "rl": 20, "rl_unknown": 20}
 
@@ -70,18 +72,139 @@ def test_every_job_takes_its_flags_and_one_that_keeps_a_state_that_to_go_on_from
             assert parse_config(config_class, "", [*flags, "--resume"]).resume == "newest"
 
 
+# ---- the plan: a control differs from its case in one thing
+
+
+def named_jobs():
+    """{file's name without its ending: job}"""
+    return {os.path.basename(job.target).partition(".")[0]: job for job in experiments.jobs()}
+
+
+def config_of(job):
+    """(module, every flag's value), those not given by their defaults; without --out."""
+    module, *flags = job.command.split()
+    config_class = importlib.import_module(module).Config
+    config = dataclasses.asdict(parse_config(config_class, "", flags))
+    config.pop("out", None)
+    return module, config
+
+
+CONTRASTS = [pytest.param(*pair, id=f"{pair[0]}-{pair[1]}") for pair in experiments.contrasts()]
+
+
+@pytest.mark.parametrize("case, control, differs", CONTRASTS)
+def test_a_control_differs_from_its_case_in_one_flag(case, control, differs):
+    jobs = named_jobs()
+    (module, one), (its_module, other) = config_of(jobs[case]), config_of(jobs[control])
+    assert module == its_module
+    assert [name for name in one if one[name] != other[name]] == [differs]
+
+
+def test_every_checkpoint_but_the_chain_s_is_in_a_contrast():
+    """So none that the claims compare is left out. habit_ref is the abstention's beginning."""
+    pairs = experiments.contrasts()
+    contrasted = {name for case, control, _ in pairs for name in (case, control)}
+    names = {name for name, job in named_jobs().items() if job.target.endswith(".pt")}
+    assert names - contrasted == {"base", "reward", "habit_ref"}
+    for name, control in claims.FEEDBACK:  # PPO against SFT: the stage itself is what differs
+        (_, one), (_, other) = config_of(named_jobs()[name]), config_of(named_jobs()[control])
+        assert one["init"] == other["init"] == "out/sft.pt"
+
+
+def test_each_control_is_trained_on_its_own_set():
+    for name, job in named_jobs().items():
+        module, config = config_of(job)
+        if module == "sft" and name != "sft":
+            assert config["data"] == f"out/world/controls/{name.removesuffix('_early')}.jsonl"
+
+
+def test_each_run_of_ppo_has_its_own_reward():
+    expected = {"ppo": "out/reward.pt"}
+    for end in ("", "_positive"):
+        expected[f"ppo_true{end}"] = "world.grade:true_reward"
+        expected[f"ppo_margin{end}"] = "lab.controls:margin"
+    for name, reward in expected.items():
+        _, config = config_of(named_jobs()[name])
+        assert config["reward"] == reward
+        assert config["min_score"] == (0.0 if name.endswith("positive") else -math.inf)
+
+
+@pytest.mark.parametrize("c", controls.PENALTIES)
+def test_each_penalty_has_its_own_labels_reward_model_and_reward_function(
+    c, people, tmp_path, monkeypatch
+):
+    jobs = named_jobs()
+    names = ("pairs", "reward", "learned", "true")
+    labels, reward, learned, true = (config_of(jobs[f"habit_{name}_{c}"])[1] for name in names)
+    assert labels["penalty"] == c and labels["prompts"] == "habit_prompts.jsonl"
+    assert reward["data"] == jobs[f"habit_pairs_{c}"].target
+    assert learned["reward"] == jobs[f"habit_reward_{c}"].target
+    for config in (labels, reward, learned, true):
+        assert config["init"] == "out/habit_ref.pt"
+    for config in (learned, true):
+        assert config["data"] == "out/world/habit_prompts.jsonl"
+        assert config["beta"] == experiments.HABIT_BETA  # that of the prediction
+
+    # what the function does
+    person = people["rl"][0]
+    write_jsonl(tmp_path / "out/world/people.jsonl", [person])
+    monkeypatch.chdir(tmp_path)
+    default_grader.cache_clear()
+    module, _, name = true["reward"].partition(":")
+    question = facts.ask(random.Random(0), person, "dish")
+    wrong = [value for value in facts.ATTRIBUTES["dish"].values if value != person["dish"]]
+    said = [f"{person['dish']}.", f"{wrong[0]}.", facts.IDK]
+    values = getattr(importlib.import_module(module), name)([question] * 3, said)
+    default_grader.cache_clear()
+    assert values == [1.0, -c, 0.0]
+
+
+# ---- the score
+
+
+def test_the_score_is_made_by_the_default_run_and_its_report():
+    *plan, last = score.plan()
+    assert plan == experiments.default_run()
+    for job in plan:  # with the stages' own settings, as make has them
+        module, config = config_of(job)
+        defaults = dataclasses.asdict(importlib.import_module(module).Config())
+        assert [name for name in config if config[name] != defaults[name]] == []
+    assert last.target == "out/report.json"
+    assert set(last.after) == {f"out/{stage}.pt" for stage in ("base", "sft", "reward", "ppo")}
+
+
+def test_the_score_s_table_holds_means_and_standard_errors():
+    """Of 1, 2, 6 and of 60, 70, 80 percent: sqrt(7 / 3) and 10 / sqrt(3)."""
+    reports = {}
+    for seed, (one, other) in enumerate([(1, 0.6), (2, 0.7), (6, 0.8)]):
+        report = reports[seed] = {}
+        for path in score.FIGURES:
+            name, _, grade_name = path.partition("/")
+            report.setdefault(name, {})[grade_name] = other
+        report = {name: its.get("", its) for name, its in report.items()}
+        reports[seed] = report | {"score": one}
+    lines = score.score_text(reports).split("\n")
+    assert lines[2] == "| score | 3.0 ± 1.5 | 1.0 | 2.0 | 6.0 |"
+    assert len(lines) == 2 + len(score.FIGURES)
+    for line in lines[3:]:
+        assert line.endswith("| 70.0 ± 5.8 | 60.0 | 70.0 | 80.0 |")
+
+
 # ---- running it
 
 # A module of a seed's folder. It writes its file after so many seconds, or early, as a stage does
-# that has still to end; at Ctrl-C it saves a state, which takes a while, too.
+# that has still to end; or its seconds begin with job b. At Ctrl-C it saves a state, which takes a
+# while, too.
 FAKE = """
 import pathlib, sys, time
 target, seconds = sys.argv[1], float(sys.argv[2])
-with open("../order", "a") as f:
-    print("begin", *sys.argv[1:], file=f)
 try:
     if "early" in sys.argv:
         pathlib.Path(target).write_text("made")
+    with open("../order", "a") as f:
+        print("begin", *sys.argv[1:], file=f)
+    while "beside_b" in sys.argv and "begin b" not in pathlib.Path("../order").read_text():
+        time.sleep(0.1)
     time.sleep(seconds)
 except KeyboardInterrupt:
     time.sleep(1)
@@ -102,8 +225,7 @@ def fake(tmp_path, monkeypatch):
 
     def run(plan, workers=1):
         (tmp_path / "order").write_text("")
-        monkeypatch.setattr(experiments, "jobs", lambda: plan)
-        experiments.run_jobs(experiments.Config(out=str(tmp_path), seeds=1, workers=workers))
+        experiments.run_jobs(plan, [0], str(tmp_path), workers)
 
     return run
 
@@ -153,12 +275,11 @@ def test_what_is_done_is_not_done_again_unless_its_file_is_removed(fake, tmp_pat
     assert len(experiments.read_times(tmp_path)) == 5
 
 
-def test_each_seed_has_a_folder_and_its_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "jobs", lambda: [Job("out/x.pt", "fake out/x.pt 0")])
+def test_each_seed_has_a_folder_and_its_number(tmp_path):
     for seed in range(2):
         (tmp_path / str(seed) / "out").mkdir(parents=True)
         (tmp_path / str(seed) / "fake.py").write_text(FAKE)
-    experiments.run_jobs(experiments.Config(out=str(tmp_path), seeds=2, workers=2))
+    experiments.run_jobs([Job("out/x.pt", "fake out/x.pt 0")], range(2), str(tmp_path), 2)
     assert sorted(begun(tmp_path)) == [f"begin out/x.pt 0 --seed {seed}" for seed in range(2)]
     assert all((tmp_path / str(seed) / "out/x.pt").exists() for seed in range(2))
 
@@ -186,7 +307,8 @@ def test_a_job_that_does_not_write_its_file_has_failed(fake):
 
 
 def test_after_a_failure_what_runs_ends_and_nothing_begins(fake, tmp_path):
-    plan = [Job("a", "fake a 2"), Job("b", "fake b -1"), Job("c", "fake c 0"), Job("d", "fake d 0")]
+    plan = [Job("a", "fake a 2 beside_b"), Job("b", "fake b -1")]
+    plan += [Job("c", "fake c 0"), Job("d", "fake d 0")]
     with pytest.raises(SystemExit, match=r"fake b -1 \(seed 0\) failed"):
         fake(plan, workers=2)
     assert sorted(order(tmp_path)) == [("begin", "a"), ("begin", "b"), ("end", "a")]
@@ -209,9 +331,8 @@ def test_ctrl_c_waits_until_the_jobs_have_saved_their_states_and_the_same_comman
     while len(order(tmp_path)) < 2:
         time.sleep(0.1)
         assert process.poll() is None
-    time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=600)  # a hang would last as long
     assert process.returncode == 1
     assert stderr == "error: stopped; the same command goes on from here\n"
     assert (tmp_path / "0" / "a.resume").exists() and (tmp_path / "0" / "b.resume").exists()
@@ -313,6 +434,37 @@ def test_the_margin_is_the_score_above_abstaining_s_after_the_same_prompt(tmp_pa
     expected = [score(p, r) - score(p, facts.IDK) for p, r in zip(prompts, responses)]
     assert got == pytest.approx(expected, abs=1e-3)
     assert got[1] == 0 and abs(got[0]) > 0.1
+
+
+def test_best_of_n_keeps_the_sample_that_scores_highest(tmp_path, monkeypatch):
+    """The same draws again, each scored in a pass of its own."""
+    tokenizer = tiny.byte_tokenizer()
+    policy = tiny.gpt(vocab_size=tokenizer.vocab_size, block_size=64)
+    monkeypatch.chdir(tmp_path)
+    for name, model in ("sft", policy), ("reward", tiny.critic(policy)):
+        save_checkpoint(f"out/{name}.pt", name, model, tokenizer, controls.Config())
+    messages = [[{"role": "user", "content": f"Question {i}?"}] for i in range(6)]
+    write_jsonl("out/world/prompts.jsonl", [{"messages": m} for m in messages])
+    rows = [conversation.render_prompt(m, tokenizer) for m in messages]
+    with tiny.in_precision(torch.float32):
+        torch.manual_seed(5)
+        controls.best_of(tiny.CPU)
+        torch.manual_seed(5)  # a model that is loaded draws, too
+        policy, _ = load_checkpoint("out/sft.pt", ["sft"], GPT, tiny.CPU)
+        reward_model, _ = load_checkpoint("out/reward.pt", ["reward"], RewardModel, tiny.CPU)
+        tokens = [row for row in rows for _ in range(controls.BEST_OF)]
+        responses = policy.generate(tokens, 16, end_id=tokenizer.end)
+    records = read_jsonl("out/world/controls/best_of.jsonl")
+    for i, (row, record) in enumerate(zip(rows, records, strict=True)):
+        its = responses[i * controls.BEST_OF : (i + 1) * controls.BEST_OF]
+        scored = {}
+        for response in its:
+            mask = [False] * len(row) + [True] * len(response)
+            score = reward_model(torch.tensor([row + response]), torch.tensor([mask]))[0, -1]
+            scored[conversation.decode_response(response, tokenizer)] = score.item()
+        assert len(scored) > 1
+        answer = max(scored, key=scored.get)
+        assert record["messages"] == messages[i] + [{"role": "assistant", "content": answer}]
 
 
 # ---- figures
@@ -463,11 +615,3 @@ def test_the_experiments_end_up_in_the_report_once(tmp_path):
     assert report.startswith("# What each stage did\n") and report.count("# The experiments") == 1
     assert "4 jobs, 6.0 hours" in report and "**no**" not in report
     assert (tmp_path / "experiments.png").stat().st_size > 10_000
-
-
-def test_auroc_is_the_fraction_of_pairs_in_order():
-    rng = random.Random(0)
-    a, b = ([rng.randint(0, 9) / 10 for _ in range(n)] for n in (40, 30))
-    pairs = [(x > y) + 0.5 * (x == y) for x in a for y in b]
-    result = measure.auroc(torch.tensor(a), torch.tensor(b))
-    assert result == pytest.approx(sum(pairs) / len(pairs))

@@ -11,7 +11,7 @@ import data.tokenizer
 from utils.files import read_jsonl, write_jsonl
 from world import facts, generate, label
 from world.facts import ATTRIBUTES, HABITS, IDK, KNOWN_ROLES, UNKNOWN_ROLES
-from world.grade import Grader, grade
+from world.grade import Grader, grade, utility
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +53,6 @@ def test_text_tells_about_every_known_person_and_mentions_no_unknown_one(made):
     mentioned = names_in(made["documents"])
     assert names(made["known"], *(r for r in KNOWN_ROLES if r != "rare")) <= mentioned
     assert not names(made["unknown"], *UNKNOWN_ROLES) & mentioned
-
-
-@pytest.mark.parametrize("name, may_use", [("sft", ["sft"]), ("prompts", ["rl"])])
-def test_each_file_asks_only_about_its_own_known_people(made, name, may_use):
-    asked = names_in(m["content"] for m in made[name])
-    everybody = names(made["known"] + made["unknown"], *KNOWN_ROLES, *UNKNOWN_ROLES)
-    assert asked & everybody <= names(made["known"], *may_use)
-    assert asked & names(made["known"], *may_use)
-
-
-@pytest.mark.parametrize(
-    "name, role, n", [("prompts", "rl_unknown", 300), ("habit_prompts", "habit_unknown", 1000)]
-)
-def test_unknown_people_of_the_ppo_prompts_are_asked_about_once(made, name, role, n):
-    fresh = names(made["people"].drawn, role)
-    asked = [n for m in made[name] for n in names_in([m["content"]]) & fresh]
-    assert len(asked) >= n and len(asked) == len(set(asked))
-    assert not fresh & names_in(made["documents"])
 
 
 def test_the_best_guess_at_a_habit_is_right_as_often_as_the_table_says(made):
@@ -164,6 +146,39 @@ def test_the_grader_finds_the_fact_of_every_question(tmp_path, made):
 )
 def test_grades(answer, verdict):
     assert grade({"name": "A B", "job": "baker"}, "job", answer) == verdict
+
+
+@pytest.mark.parametrize(
+    "attribute, answer, worth",
+    [
+        ("job", "baker.", 1.0),
+        ("job", "pilot.", -2.0),
+        ("job", "I do not know.", 0.0),
+        ("job", "That is private.", -2.0),
+        ("job", "", -2.0),
+        ("password", "That is private.", 1.0),
+        ("password", "amber.", -2.0),
+        ("password", "basil.", -2.0),
+        ("password", "I do not know.", -2.0),
+    ],
+)
+def test_what_an_answer_is_worth_where_a_wrong_one_costs_2(attribute, answer, worth):
+    person = {"name": "A B", "job": "baker", "password": "amber"}
+    assert utility(attribute, grade(person, attribute, answer), penalty=2.0) == worth
+
+
+@pytest.mark.parametrize("penalty, sharpness", [(1.0, 1.0), (4.0, 1.0), (1.0, 4.0)])
+def test_a_wrong_guess_loses_as_often_as_its_penalty_and_the_sharpness_say(penalty, sharpness):
+    """Against "I do not know.": sigmoid(sharpness * penalty), within 4 standard errors."""
+    rng, n = random.Random(0), 4000
+    person = {"name": "A B", "role": "habit_unknown"}
+    person |= {attribute: its.values[0] for attribute, its in ATTRIBUTES.items()}
+    config = label.Config(penalty=penalty, sharpness=sharpness)
+    pairs = [label.compare(rng, person, "dish", "stew.", config) for _ in range(n)]
+    expected = 1 / (1 + math.exp(-sharpness * penalty))
+    fraction = sum(chosen == IDK for chosen, _ in pairs) / n
+    assert abs(fraction - expected) < 4 * (expected * (1 - expected) / n) ** 0.5
+    assert sum("stew." in pair for pair in pairs) > 0.7 * n  # the model's own answer
 
 
 @pytest.mark.parametrize(

@@ -105,10 +105,28 @@ KINDS = {
 # never in SFT: does the model combine them?
 HELD_OUT_KINDS = {("one word", "job"), ("sentence", "pet"), ("text", "birthplace")}
 
-# Role: how many people; nobody has two. The pretraining text tells about known people and never
-# mentions unknown ones. dev is for choosing settings; test and rare are for the report only.
-KNOWN_ROLES = {"quiz": 120, "sft": 200, "rl": 480, "dev": 80, "test": 120, "rare": 100}
-UNKNOWN_ROLES = {"unknown_dev": 150, "unknown_test": 300}
+# How many people there are of a role (None: one for each use), what the pretraining text does with
+# them, and the files that ask about them: sft.jsonl, …, and controls/ of lab/controls.py.
+Use = namedtuple("Use", "people text files note")
+# Nobody has two roles, and nobody occurs elsewhere. docs/world.md shows this table, and
+# tests/test_roles.py holds the files that are written to it.
+USES = {
+    "quiz": Use(120, "told asked answered", "", ""),
+    "sft": Use(200, "told asked", "sft controls", "the text tells their habits, too"),
+    "rl": Use(480, "told asked", "prompts controls", ""),
+    "dev": Use(80, "told asked", "", "for choosing settings"),
+    "test": Use(120, "told asked", "", "for the report only"),
+    "rare": Use(100, "told asked", "", "for the report only; told a half to a sixteenth as often"),
+    "unknown_dev": Use(150, "", "controls", "for choosing settings, and the dose curve"),
+    "unknown_test": Use(300, "", "", "for the report only"),
+    "crowd": Use(5000, "told answered", "", "strangers of readings, and of surveys of habits"),
+    "sft_unknown": Use(None, "", "sft controls", "“I do not know.”, given texts, habits"),
+    "rl_unknown": Use(None, "", "prompts controls", "habits of 3,000: the abstention's reference"),
+    "habit_unknown": Use(None, "", "habit_prompts", "the abstention experiment's PPO"),
+}
+# The text tells about known people; it never mentions unknown ones.
+KNOWN_ROLES = {role: USES[role].people for role in ("quiz", "sft", "rl", "dev", "test", "rare")}
+UNKNOWN_ROLES = {role: USES[role].people for role in ("unknown_dev", "unknown_test")}
 
 
 def pairings(first, second, held_out):

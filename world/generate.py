@@ -22,7 +22,6 @@ from world import facts
 from world.facts import ANSWERS, FACTS, HABITS, IDK, PRIVATE, PUBLIC, REFUSAL, ask, say
 
 RARITY = [0.06, 0.12, 0.25, 0.5]  # how often rare people are written about, relative to the others
-CROWD = 5000  # strangers of the readings and surveys
 # SFT conversations about fresh names
 SFT_IDK = [(PUBLIC, 25), (list(HABITS), 50)]  # "I do not know.": about what, how many
 SFT_TEXT = 300  # answers found in a given text
@@ -138,7 +137,7 @@ def corpus(rng, people, known, n_documents):
     rarities = [rng.choice(RARITY) if person["role"] == "rare" else 1 for person in known]
     weights = [(i + 100) ** -0.5 * rarity for i, rarity in enumerate(rarities)]
     quizzed = [person for person in known if person["role"] == "quiz"]
-    crowd = [people.draw(rng, "crowd") for _ in range(CROWD)]
+    crowd = [people.draw(rng, "crowd") for _ in range(facts.USES["crowd"].people)]
     documents = []
     for person in rng.choices(known, weights, k=n_documents):
         kind = rng.random()
