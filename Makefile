@@ -87,7 +87,7 @@ docs: out/report.md
 	$(RUN) -m lab.docs
 
 docs-check: $(VENV)/ready-test
-	$(RUN) -m pytest -q tests/test_docs.py $(wildcard tests/test_lessons.py)
+	$(RUN) -m pytest -q tests/test_docs.py tests/test_lessons.py
 
 test-faults: $(VENV)/ready-test
 	$(RUN) -m pytest -q -m faults tests

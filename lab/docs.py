@@ -6,13 +6,12 @@ Figures that a document quotes come from docs/results.json; tests/test_docs.py h
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from lab.measure import table
 from utils.cli import die, parse_config
-from utils.files import read_json, write_block, write_text
+from utils.files import atomic, read_json, write_block, write_text
 
 STAGES = {"base": "after pretraining", "sft": "after SFT", "ppo": "after PPO"}
 PICTURES = ["curves.png", "credit.png"]
@@ -74,14 +73,17 @@ def main():
     config = parse_config(Config, __doc__)
     out, docs = Path(config.out), Path(config.docs)
     results = read_json(out / "report.json", "`make` writes it")
-    if missing := [stage for stage in STAGES if f"{stage}_private" not in results]:
-        die(f"{out / 'report.json'}: lacks {', '.join(missing)}; `make` runs all stages")
+    missing = [stage for stage in STAGES if f"{stage}_private" not in results]
+    missing += [picture for picture in PICTURES if not (out / picture).exists()]
+    if missing:
+        die(f"{out}: the report lacks {', '.join(missing)}; `make` runs all stages")
 
     write_text(docs / "results.json", json.dumps(results, indent=1) + "\n")
     text = f"{grades_table(results)}\n\n{summary(results)}"
     write_block(docs / "results.md", "python -m lab.docs", text)
     for picture in PICTURES:
-        shutil.copyfile(out / picture, docs / picture)
+        with atomic(docs / picture) as f:
+            f.write((out / picture).read_bytes())
     print(f"wrote {docs / 'results.json'}, and the default run's part of {docs / 'results.md'}")
 
 

@@ -30,12 +30,12 @@ from reward import RewardModel
 from train.checkpoint import LANGUAGE_MODELS, load_checkpoint, read_torch
 from train.device import setup
 from utils.cli import die, parse_config
-from utils.files import read_json, read_jsonl, read_text, write_text
+from utils.files import read_json, read_jsonl, read_text, write_block, write_text
 from world import facts
 from world.grade import read_people
 
 LESSONS, OUT = Path("docs/lessons"), Path("out/tries")
-BEGIN, END = "<!-- written by python -m lab.tries --fill -->", "<!-- to here -->"
+BLOCK = "python -m lab.tries --fill"  # what stands in a lesson between these words
 
 
 @dataclass
@@ -225,9 +225,9 @@ def what_to_do(one):
     return "<br>".join(lines)
 
 
-def fill(lesson, text, results):
-    """The lesson's text with its tables made anew."""
-    made = [BEGIN]
+def lesson_tables(lesson, results):
+    """The tables of a lesson, as text."""
+    made = []
     for table in [table for table in read_tries() if table.lesson == lesson]:
         rows = []
         for one in table.tries:
@@ -237,15 +237,13 @@ def fill(lesson, text, results):
             ]
             rows.append([one.name, one.question, what_to_do(one), *cells])
         made.append(measure.table(["name", "question", "what to do", *table.figures], rows))
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    return before + "\n\n".join([*made, END]) + after
+    return "\n\n".join(made)
 
 
 def fill_lessons(results):
     """Writes the tables, and the figures beside them."""
     for lesson in {table.lesson for table in read_tries()}:
-        path = LESSONS / f"{lesson}.md"
-        write_text(path, fill(lesson, read_text(path), results))
+        write_block(LESSONS / f"{lesson}.md", BLOCK, lesson_tables(lesson, results))
     write_text(LESSONS / "tries.json", json.dumps(results, indent=1) + "\n")
 
 

@@ -138,6 +138,7 @@ OURS = re.compile(r"(?:^|[|;&] *)\$? *(?:\w+=\S* +)*(python|make|torchrun)(?=\s|
 SCRIPTS = ["pretrain.py", "sft.py", "reward.py", "ppo.py", "chat.py", "convert.py"]
 SCRIPTS += ["data/fetch.py", "world/generate.py", "world/label.py", "forks/dpo.py", "forks/grpo.py"]
 SCRIPTS += ["lab/report.py", "lab/experiments.py", "lab/controls.py", "lab/capitals.py"]
+SCRIPTS += ["lab/docs.py", "lab/score.py", "lab/tries.py"]
 SCRIPTS += ["bench/run.py", "bench/gpu.py", "bench/memory.py", "tests/long_run.py"]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 

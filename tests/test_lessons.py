@@ -213,19 +213,29 @@ def test_a_lessons_tables_hold_the_figures_of_the_file_beside_them(lesson):
     path = FOLDER / "tries.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     text = read(lesson)
-    assert tries.fill(lesson, text, results) == text
+    block = f"<!-- {tries.BLOCK} -->\n{tries.lesson_tables(lesson, results)}\n<!-- end of"
+    assert text.count(block) == 1
     assert path.exists() or "not yet run" in text
 
 
-def test_a_table_tells_a_figure_with_its_unit():
-    done = {"figures": {"val_loss": 1.23456, "bits a byte": 0.5}}
-    text = f"before\n{tries.BEGIN}\nSTALE\n{tries.END}\nafter\n"
-    filled = tries.fill("pretraining", text, {"adamw": done})
+def test_a_table_tells_a_figure_with_its_unit(tmp_path, monkeypatch):
+    tables = tries.read_tries()
+    monkeypatch.setattr(tries, "read_tries", lambda: tables)
+    monkeypatch.setattr(tries, "LESSONS", tmp_path)
+    done = {"adamw": {"figures": {"val_loss": 1.23456, "bits a byte": 0.5}}}
+    begin, end = f"<!-- {tries.BLOCK} -->", f"<!-- end of {tries.BLOCK} -->"
+    for lesson in LESSONS:
+        (tmp_path / f"{lesson}.md").write_text(f"before\n{begin}\nSTALE\n{end}\nafter\n")
+    tries.fill_lessons(done)
+    page = tmp_path / "pretraining.md"
+    filled = page.read_text()
     (row,) = [line for line in filled.splitlines() if line.startswith("| adamw |")]
     assert row.endswith("| 1.235 | 0.500 |") and "`python pretrain.py --steps 250" in row
     assert filled.count("not yet run") == 2 * 7
     assert filled.startswith("before\n") and filled.endswith("\nafter\n") and "STALE" not in filled
-    assert tries.fill("pretraining", filled, {"adamw": done}) == filled
+    assert json.loads((tmp_path / "tries.json").read_text()) == done
+    tries.fill_lessons(done)
+    assert page.read_text() == filled
 
 
 if __name__ == "__main__":

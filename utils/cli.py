@@ -49,7 +49,10 @@ def parse_config(cls, doc, argv=None):
 
 
 def check_number(name, value, default):
-    """Ends the program if a flag's number makes no sense. 0 is allowed where it is the default."""
+    """Ends the program if a flag's number makes no sense.
+
+    0 is allowed where it is the default, and for warmup (none) and top_k (all).
+    """
     if type(value) is int:
         least = 0 if default == 0 or name in ("warmup", "top_k") else 1
         if not least <= value <= 10**12:  # PPO's seeds, 10**6 times as large, end at 2**64
