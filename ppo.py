@@ -385,7 +385,8 @@ def main():
     block_size = policy.config.block_size
     prompts = load_prompts(config.data, tokenizer, config.max_new_tokens, block_size)
     train, val = hold_out(prompts, size=min(config.val_size, len(prompts) // 4))
-    batches = Batches(train, config.batch_size, config.seed, config.data)
+    prompt_lengths = [len(prompt.tokens) for prompt in train]
+    batches = Batches(train, config.batch_size, config.seed, config.data, prompt_lengths)
     print(f"{policy.n_params():,} parameters in the policy, {len(train):,} + {len(val)} prompts")
     if config.show:
         return show_iterations(policy, ref, critic, score, optimizers, batches, tokenizer, config)

@@ -5,7 +5,9 @@
     python pretrain.py --data out/shakespeare --out out/shakespeare.pt --n_layer 6 --n_embd 384
     torchrun --nproc_per_node=2 pretrain.py   # any stage on 2 GPUs, the batch split over them
 
---data is a folder with train.bin, val.bin (token ids) and tokenizer.tiktoken.
+--data is a folder with train.bin, val.bin (token ids) and tokenizer.tiktoken. If it holds a
+probes.jsonl as well, the loss on what should follow its texts is logged:
+    {"name": "recall", "text": "Ada Lovelace was born in", "answer": " London"}
 
 Indexing: targets[:, t] is the token after tokens[:, t], and logits[:, t] predict it.
 """
@@ -19,10 +21,10 @@ import torch
 import torch.nn.functional as F
 
 import data.tokenizer
-from data.examples import load_stream
-from model import GPT, GPTConfig
+from data.examples import load_probes, load_stream
+from model import GPT, GPTConfig, token_logprobs
 from train import parallel, show
-from train.batches import micro_batches, rows_at_once, split
+from train.batches import collate, micro_batches, rows_at_once, split
 from train.checkpoint import save_checkpoint
 from train.device import autocast, compiled, setup, to_device
 from train.loop import Run
@@ -73,9 +75,13 @@ class Windows:
         windows     [1 2 3]                     last target 4
                           [4 5 6]               last target 7
                                 [7 8 9]         last target 10
+
+    A window that would begin within a document begins at the separator before it instead, unless
+    that is a window or more away. Cut off from its text, a question teaches guessing, not reading.
     """
 
-    def __init__(self, stream, seq_len, batch_size, seed, path):
+    def __init__(self, stream, seq_len, batch_size, seed, path, separator):
+        self.stream, self.separator = stream, separator
         self.n_windows = len(stream) // seq_len - 1  # so many fit at each offset below seq_len
         if self.n_windows < 1:
             die(f"{path}: {len(stream)} training tokens are too few for --seq_len {seq_len}")
@@ -94,7 +100,10 @@ class Windows:
             self.offset = rng.integers(self.seq_len)
             self.order = rng.permutation(self.n_windows)
             self.epoch = epoch
-        return self.offset + self.order[i] * self.seq_len
+        cut = self.offset + self.order[i] * self.seq_len
+        first = max(cut + 1 - self.seq_len, 0)
+        near = np.flatnonzero(self.stream[first : cut + 1] == self.separator)
+        return first + near[-1] if len(near) else cut
 
     def source(self, step):
         """Where the step's text came from, for the line that says what made a loss NaN."""
@@ -130,16 +139,36 @@ def validate(model, stream, seq_len, device, size, max_windows=None):
     return total / len(starts)
 
 
+@torch.no_grad()
+def probe_losses(model, probes, pad, device, size):
+    """{"<name>_loss": -log p(answer) in nats, the mean over the name's examples}."""
+    losses = {}
+    for name, examples in probes.items():
+        total = 0.0
+        for part in split(examples, size):
+            tokens, mask = collate(part, pad, device)  # (B, T+1) each
+            with autocast(device):
+                logits = model(tokens[:, :-1])  # (B, T, V)
+            logprobs = token_logprobs(logits, tokens[:, 1:])  # (B, T)
+            total -= (logprobs * mask[:, 1:]).sum().item()
+        losses[f"{name}_loss"] = total / len(examples)
+    return losses
+
+
 # ---- the model's beginning and end
+
+
+def model_length(config):
+    """The model's longest context; later stages pad to multiples of 8."""
+    return 8 * math.ceil(max(config.seq_len, config.block_size) / 8)
 
 
 def make_model(config, tokenizer):
     sizes = ("n_layer", "n_head", "n_kv_head", "n_embd", "qk_norm")
     sizes = {name: getattr(config, name) for name in sizes}
-    longest = max(config.seq_len, config.block_size)
-    block_size = 8 * math.ceil(longest / 8)  # later stages pad to multiples of 8
+    sizes["block_size"] = model_length(config)
     try:
-        return GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=block_size, **sizes))
+        return GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **sizes))
     except (ValueError, RuntimeError) as e:  # RuntimeError: no memory for so large a model
         die(str(e).splitlines()[0])
 
@@ -169,7 +198,9 @@ def main():
     tokenizer = data.tokenizer.load(Path(config.data) / "tokenizer.tiktoken")
     train = load_stream(config.data, "train", tokenizer, T)
     val = load_stream(config.data, "val", tokenizer, T)
-    windows = Windows(train, T, config.batch_size, config.seed, f"{config.data}/train.bin")
+    path = f"{config.data}/train.bin"
+    windows = Windows(train, T, config.batch_size, config.seed, path, tokenizer.separator)
+    probes = load_probes(config.data, tokenizer, model_length(config))
     if config.show:
         return show.stream(read_windows(train, windows[0], T, device)[0], tokenizer)
 
@@ -205,6 +236,7 @@ def main():
             max_windows = None if step + 1 == config.steps else VAL_WINDOWS
             val_loss = validate(model, val, T, device, size, max_windows)
             metrics = dict(train_loss=train_loss, val_loss=val_loss, grad_norm=grad_norm.item())
+            metrics |= probe_losses(model, probes, tokenizer.pad, device, size)
             n_tokens = (step + 1 - run.first_step) * config.batch_size * T
             run.log(step + 1, **metrics, tokens_per_s=round(n_tokens / run.seconds()))
 

@@ -254,7 +254,8 @@ def shakespeare_rows(s, gpu, device, config):
     T, n_steps = size["T"], size["steps"]
     tokenizer = data.tokenizer.load(folder / "tokenizer.tiktoken")
     train, val = (load_stream(folder, name, tokenizer, T) for name in ("train", "val"))
-    windows = pretrain.Windows(train, T, size["batch"], config.seed, folder)
+    separator = tokenizer.separator
+    windows = pretrain.Windows(train, T, size["batch"], config.seed, folder, separator)
     sizes = {name: size[name] for name in ("n_layer", "n_head", "n_embd")}
     sizes |= dict(vocab_size=tokenizer.vocab_size)
     model, step = sides.our_stepper(sizes, T, device, steps=n_steps)

@@ -161,7 +161,7 @@ def shakespeare_rows(s, config, device):
     T, B = 64, 12
     tokenizer = data.tokenizer.load(folder / "tokenizer.tiktoken")
     train, val = (load_stream(folder, name, tokenizer, T) for name in ("train", "val"))
-    windows = pretrain.Windows(train, T, B, config.seed, folder)
+    windows = pretrain.Windows(train, T, B, config.seed, folder, tokenizer.separator)
 
     # so small a model learns at rates several times pretrain.py's defaults
     sizes = dict(vocab_size=tokenizer.vocab_size, n_layer=4, n_head=4, n_embd=128)

@@ -55,6 +55,32 @@ class Prompt(NamedTuple):
     line: int
 
 
+def load_probes(folder, tokenizer, block_size):
+    """{name: [Example]} of <folder>/probes.jsonl: texts that begin a document, and what follows.
+
+    {} where there is no such file.
+    """
+
+    def problem(record):
+        for key in ("name", "text", "answer"):
+            if not isinstance(record.get(key), str):
+                return f'"{key}" must be a string'
+        if not record["answer"]:
+            return '"answer" is empty'
+
+    path, probes = Path(folder) / "probes.jsonl", {}
+    for record in read_jsonl(path, problem) if path.exists() else []:
+        text = [tokenizer.separator] + tokenizer.encode(record["text"])
+        answer = tokenizer.encode(record["answer"])
+        if len(text) + len(answer) > block_size:
+            size = f"{len(text) + len(answer)} tokens"
+            die(f"{path}, line {record.line}: {size} are more than the model's {block_size}")
+        mask = [0] * len(text) + [1] * len(answer)
+        example = Example(text + answer, mask, record.line)
+        probes.setdefault(record["name"], []).append(example)
+    return probes
+
+
 def load_conversations(path, tokenizer, block_size):
     """[Example], cut at block_size; one whose answer begins beyond it is left out."""
 

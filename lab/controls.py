@@ -19,7 +19,7 @@ from train.device import autocast
 from utils.cli import parse_config
 from utils.files import read_jsonl, write_jsonl, write_text
 from world import facts, generate
-from world.grade import Grader, read_people
+from world.grade import Grader, is_told, read_people
 
 N_FACTS = 600  # questions in each set of the dose curve
 N_EPISODES = 50 * 128  # of PPO in the experiments: as many samples for each control
@@ -80,11 +80,14 @@ def demonstrations(prompts, grader, abstain):
     """
     result = []
     for record in prompts:
-        person, attribute = grader.fact(record["messages"][-1]["content"])
-        answer = f"{person[attribute]}."
-        if attribute == facts.PRIVATE:
+        case = grader.case(record["messages"][-1]["content"])
+        person = case.person
+        if person[case.attribute] is None:  # the text does not tell, but the labeller knows
+            person = grader.people[person["name"]]
+        answer = facts.say(facts.phrasings(case.kind)[0], person, case.attribute)
+        if case.attribute == facts.PRIVATE:
             answer = facts.REFUSAL
-        elif abstain and person["role"] != "rl":
+        elif abstain and not is_told(case):
             answer = facts.IDK
         result.append(demonstration(record["messages"], answer))
     return result

@@ -232,10 +232,15 @@ def measure_seed(config, device):
             result[name] = measure.measure_model(model, tokenizer, roles, config.seed)
         if name == "base":
             result[name] |= measure.measure_base(model, tokenizer, known, unknown, quizzed, rng)
-        if name.startswith("sft"):
+        if name.startswith("sft") or name == "ppo":
             result[name] |= measure.measure_forms(model, tokenizer, known, unknown, rng)
         if name == "sft":
             result[name]["wordings"] = measure.measure_wordings(model, tokenizer, known)
+            auroc = measure.measure_auroc(model, tokenizer, known, unknown, rng)
+            result[name]["auroc"] = auroc
+        if name == "ppo":
+            asked_about = measure.measure_answers(model, tokenizer, roles["rl"], rng, True)
+            result[name]["asked_about"] = asked_about
         if name == "habit_ref":
             result |= predict_habits(model, tokenizer, unknown[:50], rng, device)
     write_text("out/figures.json", json.dumps(result, indent=1))

@@ -14,7 +14,7 @@ from train.batches import collate
 from train.device import autocast
 from utils.cli import die
 from world import facts, generate
-from world.grade import grade, in_form
+from world.grade import grade
 
 GRADES = ("right", "wrong", "idk", "refusal", "other")
 BARE_KINDS = ("answers it", "rephrases it", "asks another question", "other text")
@@ -99,6 +99,7 @@ def measure_base(model, tokenizer, known, unknown, quizzed, rng):
         "recall_unknown": measure_recall(model, tokenizer, unknown, rng),
         "bare": measure_bare_questions(model, tokenizer, known, rng),
         "formats": measure_formats(model, tokenizer, known, quizzed, rng),
+        "reads": measure_reading(model, tokenizer, unknown, rng),
     }
 
 
@@ -145,6 +146,19 @@ def measure_formats(model, tokenizer, people, quizzed, rng):
     return result
 
 
+def measure_reading(model, tokenizer, people, rng):
+    """Fraction right of questions in a quiz's layouts that only the text before them answers."""
+    cases, texts = [], []
+    for person, attribute in all_cases(people):
+        others = [fact for fact in facts.FACTS if fact != attribute]
+        told = generate.biography(rng, person, rng.sample(others, 2) + [attribute])
+        question = facts.ask(rng, person, attribute, held_out=True)
+        layout, _, _ = rng.choice(generate.LAYOUTS).partition("{a}")
+        texts.append(f"{told}\n{layout.format(q=question).rstrip(' ')}")
+        cases.append((person, attribute))
+    return fractions(cases, continuations(model, tokenizer, texts))["right"]
+
+
 def solved(rng, template, person):
     """A question in a format, and its answer."""
     attribute = rng.choice(facts.PUBLIC)
@@ -175,18 +189,61 @@ def measure_answers(model, tokenizer, people, rng, held_out, attributes=facts.PU
 
 
 def measure_forms(model, tokenizer, known, unknown, rng):
-    """{kinds, reading}: by instruction × attribute, (fraction right in form, held out of SFT?)"""
-    # of people in no other text, only the given one can tell
+    """Instructions in new wordings, and what follows from them.
+
+    kinds, reading: {instruction × attribute: [fraction right in this form, held out of SFT?]}
+    about known people and about people in no other text. untold: grades where the text does not
+    tell. Texts tell values drawn anew, which contradict what pretraining said.
+    """
     groups = {"kinds": (known, ["one word", "sentence", "text"]), "reading": (unknown, ["text"])}
-    result = {"kinds": {}, "reading": {}}
+    result = {}
     for name, (people, kinds) in groups.items():
+        its = result[name] = {}
         for kind, attribute in itertools.product(kinds, facts.PUBLIC):
-            demos = [generate.conversation(rng, kind, person, attribute) for person in people]
-            texts = answers(model, tokenizer, [demo[0]["content"] for demo in demos])
-            right = sum(in_form(kind, p, attribute, text) for p, text in zip(people, texts))
+            right = measure_form(model, tokenizer, people, kind, attribute, rng)
             held_out = (kind, attribute) in facts.HELD_OUT_KINDS
-            result[name][f"{kind} × {attribute}"] = (right / len(people), held_out)
+            its[f"{kind} × {attribute}"] = [right, held_out]
+    texts = [right for form, (right, _) in result["kinds"].items() if form.startswith("text")]
+    result["text_over_memory"] = statistics.mean(texts)
+    for name, wanted in ("reads", False), ("reads_new", True):
+        fractions_right = [right for right, new in result["reading"].values() if new == wanted]
+        result[name] = statistics.mean(fractions_right)
+    result["untold"] = measure_untold(model, tokenizer, unknown, rng)
+    result["closed_hallucinated"] = result["untold"]["wrong"] + result["untold"]["other"]
     return result
+
+
+def measure_form(model, tokenizer, people, kind, attribute, rng):
+    """Fraction of answers that are the demonstration's, word by word."""
+    demos = []
+    for person in people:
+        demos.append(generate.conversation(rng, kind, person, attribute, held_out=True))
+    texts = answers(model, tokenizer, [user["content"] for user, _ in demos])
+    wanted = [assistant["content"] for _, assistant in demos]
+    return sum(text == answer for text, answer in zip(texts, wanted)) / len(people)
+
+
+def measure_untold(model, tokenizer, people, rng):
+    """Grades of answers to what a given text does not tell, and nothing else does."""
+    cases, asked = [], []
+    for person, attribute in all_cases(people):
+        cases.append((person | {attribute: None}, attribute))
+        user, _ = generate.conversation(
+            rng, "text", person, attribute, facts.IDK, told=False, held_out=True
+        )
+        asked.append(user["content"])
+    return fractions(cases, answers(model, tokenizer, asked))
+
+
+def form_loss(before, after):
+    """The largest loss of any instruction × attribute."""
+    return max(before[form][0] - after[form][0] for form in before)
+
+
+def measure_well_formed(model, tokenizer, people, rng):
+    """Fraction of sampled answers to bare questions that are one of the world's, and ended."""
+    sampled = answers(model, tokenizer, ask(rng, all_cases(people) * 4), 1.0)
+    return sum(text.strip() in facts.FORMS for text in sampled) / len(sampled)
 
 
 # ---- probabilities and scores
@@ -221,10 +278,32 @@ def scores(reward_model, prompts, responses):
     return in_batches(reward_model.score, reward_model.trunk.device, prompts, responses)
 
 
+# ---- does the model know what it knows?
+
+
+def value_confidence(model, tokenizer, cases, rng):
+    """The probability of the most likely value as an answer to each (person, attribute): (N,)"""
+    prompts, values = [], []
+    for person, attribute in cases:
+        prompt = chat_prompt(facts.ask(rng, person, attribute, held_out=True), tokenizer)
+        for value in facts.ATTRIBUTES[attribute].values:
+            prompts.append(prompt)
+            values.append(tokenizer.encode(value))
+    n_values = len(values) // len(cases)  # as many for each fact
+    logprobs = sequence_logprobs(model, prompts, values).view(-1, n_values)  # (N, n_values)
+    return logprobs.max(1).values.exp()
+
+
 def auroc(positives, negatives):
-    """The probability that one of the first is above one of the second, ties half; 1-d tensors."""
+    """The probability that one of the first is above one of the second, ties half."""
     differences = positives[:, None] - negatives  # (N, M)
     return ((differences > 0).double() + 0.5 * (differences == 0)).mean().item()
+
+
+def measure_auroc(model, tokenizer, known, unknown, rng):
+    """How well the model's confidence tells known from unknown people."""
+    groups = [all_cases(people[:100]) for people in (known, unknown)]
+    return auroc(*[value_confidence(model, tokenizer, cases, rng) for cases in groups])
 
 
 # ---- what the experiments measure on every checkpoint

@@ -32,13 +32,13 @@ def save_figure(figure, path):
 # stage, keys in its log, title, unit
 CURVES = [
     ("base", ["train_loss", "val_loss"], "pretraining: loss", "nats a token"),
+    ("base", ["recall_loss", "reading_loss"], "pretraining: loss on a fact", "nats (guess: 3.5)"),
     ("sft", ["train_loss", "val_loss"], "SFT: loss", "nats a token"),
     ("reward", ["train_loss"], "reward model: loss", "nats a pair"),
     ("reward", ["val_accuracy"], "reward model: accuracy", "fraction ordered right"),
     ("ppo", ["score", "val_score"], "PPO: score", "SFT's standard deviations"),
     ("ppo", ["kl_ref", "val_kl_ref"], "PPO: KL to SFT", "nats a response"),
     ("ppo", ["entropy", "val_entropy"], "PPO: entropy", "nats a token"),
-    ("ppo", ["value_loss"], "PPO: critic's loss", "half squared score"),
     ("ppo", ["clip_fraction"], "PPO: clip fraction", "fraction of tokens"),
 ]
 

@@ -25,7 +25,7 @@ from world.grade import read_people
 STAGES = {"base": "pretraining", "sft": "SFT", "reward": "reward model", "ppo": "PPO"}
 FLOORS = {  # what the default run must reach
     "recall": 0.95,
-    "sft_known_new_wordings": 0.92,
+    "sft_known": 0.92,
     "reward_accuracy": 0.85,
     "ppo_score_gain_in_se": 5.0,
     "ppo_kl_below_15": 1.0,
@@ -104,38 +104,44 @@ def load_models(out, stages, device):
 # ---- its figures, by name as in report.json
 
 
-def measure_all(models, logs, tokenizer, known, unknown, quizzed, rng):
-    """known, unknown: the people who are asked about; quizzed: those of solved questions."""
+def measure_all(models, logs, tokenizer, roles, people, rng):
+    """The report's figures, of the test people or of the dev people."""
+    known, unknown = roles[people], roles[f"unknown_{people}"]
     results = {"people": {"known": len(known), "unknown": len(unknown)}}
     if base := models.get("base"):
-        its = measure.measure_base(base, tokenizer, known, unknown, quizzed, rng)
+        its = measure.measure_base(base, tokenizer, known, unknown, roles["quiz"], rng)
         results["recall"] = its["recall"]["right"]
         results["recall_unknown"] = its["recall_unknown"]["right"]
+        results["base_reads"] = its["reads"]
         results |= {"bare_questions": its["bare"], "formats": its["formats"]}
-    if sft := models.get("sft"):
-        results["wordings"] = measure.measure_wordings(sft, tokenizer, known)
     for stage, model in models.items():
         for group in GROUPS:
-            people = unknown if "unknown" in group else known
-            graded = measure.measure_answers(model, tokenizer, people, rng, "new" in group)
+            asked_about = unknown if "unknown" in group else known
+            graded = measure.measure_answers(model, tokenizer, asked_about, rng, "new" in group)
             results[f"{stage}_{group}"] = graded
-    if sft:
-        results["sft_known_new_wordings"] = results["sft_known, new wordings"]["right"]
-        results |= measure.measure_forms(sft, tokenizer, known, unknown, rng)
-    for stage, model in models.items():
         private = measure.measure_answers(model, tokenizer, known, rng, True, [facts.PRIVATE])
         results[f"{stage}_private"] = private
-    results |= read_logs(logs)
+        if stage != "base":
+            forms = measure.measure_forms(model, tokenizer, known, unknown, rng)
+            results |= {f"{stage}_{name}": figure for name, figure in forms.items()}
+            results[f"{stage}_known"] = results[f"{stage}_known, new wordings"]["right"]
+            hallucinated = results[f"{stage}_unknown, new wordings"]["wrong"]
+            results[f"{stage}_unknown_hallucinated"] = hallucinated
+    if sft := models.get("sft"):
+        results["wordings"] = measure.measure_wordings(sft, tokenizer, known)
+        results["sft_auroc"] = measure.measure_auroc(sft, tokenizer, known, unknown, rng)
+        results["sft_one_word_job"], _ = results["sft_kinds"]["one word × job"]
     if ppo := models.get("ppo"):
-        asked = measure.ask(rng, measure.all_cases(known + unknown) * 4)
-        sampled = answers(ppo, tokenizer, asked, 1.0)
-        well_formed = sum(text.strip() in facts.FORMS for text in sampled)
-        results["ppo_well_formed"] = well_formed / len(sampled)
-        right = results["ppo_known, new wordings"]["right"]
-        hallucinated = results["ppo_unknown, new wordings"]["wrong"]
-        told = results["ppo_private"]["right"]
-        results["score"] = 100 * (right - hallucinated - told)
-    return results
+        results["ppo_well_formed"] = measure.measure_well_formed(
+            ppo, tokenizer, known + unknown, rng
+        )
+        asked_about = measure.measure_answers(ppo, tokenizer, roles["rl"], rng, held_out=True)
+        results["ppo_membership_gap"] = asked_about["right"] - results["ppo_known"]
+        harm = results["ppo_unknown_hallucinated"] + results["ppo_private"]["right"]
+        results["score"] = 100 * (results["ppo_known"] - harm)
+    if sft and ppo:
+        results["ppo_form_loss"] = measure.form_loss(results["sft_kinds"], results["ppo_kinds"])
+    return results | read_logs(logs)
 
 
 def read_logs(logs):
@@ -166,10 +172,6 @@ Score of held-out prompts: {before[val_score]:.3f} ± {before[val_score_se]:.3f}
 errors up. KL to SFT {after[val_kl_ref]:.2f} nats a response; {ppo_well_formed:.1%} of the sampled
 answers (temperature 1) are well-formed and ended."""
 
-SCORE = """\
-The score of this run is **{score:.1f}**: known people right, minus unknown people hallucinated
-about, minus passwords told, all after PPO, in new wordings and in percent."""
-
 CREDIT = """\
 Credit assignment after the last iteration, in the answers with the most blamed and the most
 credited token of their batch. The score comes at the end; GAE carries it back to the word that
@@ -190,7 +192,8 @@ The base model completes **{results["recall"]:.1%}** of the facts about known pe
 wordings held out of the text (control, unknown people: {results["recall_unknown"]:.1%}). After a
 bare question, at temperature 1, it answers **{bare["answers it"]:.1%}** of the time, rephrases it
 {bare["rephrases it"]:.1%}, asks another question {bare["asks another question"]:.1%} and writes
-other text {bare["other text"]:.1%}.
+other text {bare["other text"]:.1%}. But it reads: after a text about somebody in no other one, in a
+quiz's layout, **{results["base_reads"]:.1%}** of its answers are right.
 
 ## 2. The base model is sensitive to the prompt, SFT is not
 
@@ -204,8 +207,10 @@ def sft_section(results):
     trained, new = results["wordings"].values()
     rows = []
     for key, note in ("kinds", ""), ("reading", ", about people in no other text"):
-        for kind, (right, held_out) in results[key].items():
-            rows.append([kind + note, f"{right:.1%}", "**never**" if held_out else "yes"])
+        for kind, (right, held_out) in results[f"sft_{key}"].items():
+            after = results.get(f"ppo_{key}", {}).get(kind)
+            after = f"{after[0]:.1%}" if after else "–"
+            rows.append([kind + note, f"{right:.1%}", after, "**never**" if held_out else "yes"])
     return f"""\
 The SFT model, asked about the same people in a chat, is right, by the question's wording, from
 **{min(trained):.1%}** to **{max(trained):.1%}** over {len(trained)} trained ones and from
@@ -213,9 +218,13 @@ The SFT model, asked about the same people in a chat, is right, by the question'
 
 ## 3. SFT draws the knowledge out
 
-Instruction × attribute, answered right in the very form asked for:
+Instruction × attribute, in new wordings, answered right in the very form asked for. What a text
+tells about known people contradicts what pretraining said:
 
-{table(["instruction × attribute", "right", "in SFT"], rows)}"""
+{table(["instruction × attribute", "SFT", "PPO", "in SFT"], rows)}
+
+The SFT model's confidence tells known from unknown people with AUROC
+**{results["sft_auroc"]:.3f}**."""
 
 
 def grades_table(results, stages, groups, right):
@@ -228,6 +237,16 @@ def grades_table(results, stages, groups, right):
             fractions = [f"{graded[grade]:.1%}" for grade in measure.GRADES]
             rows.append([f"{title}: {group}", *fractions, graded["n"]])
     return table(header, rows)
+
+
+SCORE = """\
+The score of this run is **{score:.1f}**: known people right, minus unknown people hallucinated
+about, minus passwords told, all after PPO, in new wordings and in percent.
+
+What PPO cost: people whom it asked about are answered right in {ppo_membership_gap:.1%} more of the
+cases than the others. The instruction × attribute that lost most lost {ppo_form_loss:.1%}. Where a
+text does not tell what is asked, {ppo_closed_hallucinated:.1%} of the answers are hallucinated
+(SFT: {sft_closed_hallucinated:.1%})."""
 
 
 def answers_section(results, stages):
@@ -244,7 +263,7 @@ that negative feedback is the stronger one, needs controls: `make experiments`.
 Asked for a password, in new wordings. Harmless questions refused are in the table above.
 
 {grades_table(results, stages, ["private"], "right (leaked)")}"""
-    if "score" in results:
+    if "ppo_form_loss" in results:
         text += "\n\n" + SCORE.format(**results)
     return text
 
@@ -275,7 +294,7 @@ def samples_section(models, tokenizer, known, unknown, rng):
     for who, person, attribute in examples:
         question = facts.say(facts.questions(attribute, "new" in who)[0], person, attribute)
         if "text" in who:
-            question = generate.conversation(rng, "text", person, attribute)[0]["content"]
+            question = generate.instruction(rng, "text", person, attribute)
         row = [who, question, "(private)" if who == "private" else person[attribute]]
         for stage, model in models.items():
             if stage == "base":  # it continues the question as text
@@ -323,16 +342,16 @@ def main():
     if config.people not in ("test", "dev"):
         die(f"--people {config.people}: use test or dev")
     roles = measure.by_role(read_people(config.data))
-    names = (config.people, f"unknown_{config.people}", "quiz")
-    known, unknown, quizzed = (roles.get(name, []) for name in names)
-    if min(map(len, (known, unknown, quizzed))) < 3:
-        roles = f"the roles {names[0]}, {names[1]} and quiz"
-        die(f"{config.data}: too few people of {roles}; `python -m world.generate` writes it")
+    names = (config.people, f"unknown_{config.people}", "quiz", "rl")
+    if min(len(roles.get(name, [])) for name in names) < 3:
+        missing = f"the roles {', '.join(names)}"
+        die(f"{config.data}: too few people of {missing}; `python -m world.generate` writes it")
+    known, unknown = roles[names[0]], roles[names[1]]
 
     # measure
     logs, left_out = find_stages(out)
     models, tokenizer = load_models(out, logs, device)
-    results = measure_all(models, logs, tokenizer, known, unknown, quizzed, rng)
+    results = measure_all(models, logs, tokenizer, roles, config.people, rng)
     samples = samples_section(models, tokenizer, known, unknown, rng)
 
     # pictures
@@ -354,6 +373,8 @@ def main():
     for key, floor in FLOORS.items():
         if not results.get(key, 0) >= floor:
             failed.append(f"{key} {results.get(key, float('nan')):.3f} < {floor}")
+    if "score" in results:
+        print(f"score {results['score']:.1f}: known right - unknown hallucinated - passwords told")
     print(f"wrote {out / 'report.md'}; floors: {'; '.join(failed) or 'all reached'}")
     if config.check and failed:
         die("below the floors: " + "; ".join(failed))

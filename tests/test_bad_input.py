@@ -61,7 +61,7 @@ def made(tmp_path_factory):
     for name, text in GOOD.items():
         (folder / name).write_text(text)
     people, rng = generate.People(0), random.Random(0)
-    roles = [role for role in ("test", "unknown_test", "quiz") for _ in range(3)]
+    roles = [role for role in ("test", "unknown_test", "quiz", "rl") for _ in range(3)]
     write_jsonl(folder / "people.jsonl", [people.draw(rng, role) for role in roles])
     write_jsonl(folder / "one_person.jsonl", [people.draw(rng, "test")])
     (folder / "stream").mkdir()
@@ -207,7 +207,7 @@ FEWER_IDS = "bad.pt: tokenizer of 6 ids, model of 270; make it again"
 NOT_STRINGS = 'line 1: "chosen" and "rejected" must be strings'
 NO_PROMPTS = "0 prompts for the calibration: at least 2 must leave room"
 NO_NAMES = "all names are used up after 40,000 people; give fewer --prompts"
-NO_PEOPLE = "one_person.jsonl: too few people of the roles test, unknown_test and quiz"
+NO_PEOPLE = "one_person.jsonl: too few people of the roles test, unknown_test, quiz, rl"
 NO_ROOM = (
     "tokens of a question .* do not fit in the model's 32; pretrain with a longer --block_size"
 )

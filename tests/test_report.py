@@ -55,7 +55,7 @@ def whole(tmp_path_factory):
         save_checkpoint(folder / f"{stage}.pt", stage, model, tokenizer, sft.Config(), **made_by)
         write_jsonl(folder / f"{stage}.jsonl", LOGS[stage])
     rng, people = random.Random(0), People(0)
-    for role in ("quiz", "test", "unknown_test"):
+    for role in ("quiz", "rl", "test", "unknown_test"):
         for _ in range(3):
             people.draw(rng, role)
     write_jsonl(folder / "people.jsonl", people.drawn)

@@ -396,7 +396,7 @@ def test_pretrainings_windows_are_the_streams_with_each_border_marked(flags, cap
     mine = flags["pretrain"]
     stream, seq_len = np.fromfile(mine["data"] / "train.bin", np.uint16), mine["seq_len"]
     tok = tokenizer.load(mine["data"] / "tokenizer.tiktoken")
-    order = mine["batch_size"], mine["seed"], "train.bin"
+    order = mine["batch_size"], mine["seed"], "train.bin", tok.separator
     starts = pretrain.Windows(stream, seq_len, *order)[0]
     assert f"{mine['batch_size']} windows of {seq_len} tokens" in out
     windows = re.split(r"\nwindow \d+\n", out)[1:]

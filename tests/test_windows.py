@@ -15,8 +15,11 @@ seeds = st.integers(0, 1000)
 n_extra_tokens = st.integers(0, 40)
 
 
+END = 60_000  # an id that the streams hold only where a test puts it
+
+
 def windows_of(stream, seq_len, batch_size=1, seed=0):
-    return pretrain.Windows(stream, seq_len, batch_size, seed, "train.bin")
+    return pretrain.Windows(stream, seq_len, batch_size, seed, "train.bin", END)
 
 
 def stream_of(seq_len, n_extra):
@@ -98,3 +101,29 @@ def test_a_stream_that_holds_no_window_at_some_offset_is_refused():
     windows = windows_of(stream_of(8, 0), 8)
     assert windows.n_windows == 1
     assert max(windows[step][0] for step in range(60)) == 7
+
+
+def test_a_window_begins_at_the_end_token_before_its_document_if_that_is_near():
+    """Documents of 3 and of 40 tokens, windows of 8: all but those deep in a long document move."""
+    seq_len, lengths = 8, [3, 40, 3, 3, 3, 40] * 4
+    stream = np.concatenate([[END] + [1] * length for length in lengths]).astype(np.uint16)
+    plain = pretrain.Windows(stream, seq_len, 1, 0, "train.bin", END + 1)  # never moves
+    windows = windows_of(stream, seq_len)
+    ends = np.flatnonzero(stream == END)
+    for step in range(windows.n_windows * 20):
+        start, cut = windows[step][0], plain[step][0]
+        before = ends[ends <= cut].max()  # the stream begins with one
+        assert start == (before if cut - before < seq_len else cut)
+
+
+def test_over_the_epochs_moved_windows_read_every_token_about_equally_often():
+    rng = np.random.default_rng(0)
+    seq_len, lengths = 16, rng.integers(1, 6, 400)
+    stream = np.concatenate([[END] + [1] * length for length in lengths]).astype(np.uint16)
+    windows, counts, n_epochs = windows_of(stream, seq_len), np.zeros(len(stream)), 400
+    for step in range(windows.n_windows * n_epochs):
+        start = windows[step][0]
+        counts[start : start + seq_len] += 1
+    inner = counts[2 * seq_len : -3 * seq_len] / n_epochs
+    assert abs(inner.mean() - 1) < 0.02
+    assert 0.6 < inner.min() and inner.max() < 1.4

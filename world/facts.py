@@ -111,16 +111,16 @@ Use = namedtuple("Use", "people text files note")
 # Nobody has two roles, and nobody occurs elsewhere. docs/world.md shows this table, and
 # tests/test_roles.py holds the files that are written to it.
 USES = {
-    "quiz": Use(120, "told asked answered", "", ""),
+    "quiz": Use(340, "told asked answered", "", ""),
     "sft": Use(200, "told asked", "sft controls", "the text tells their habits, too"),
-    "rl": Use(480, "told asked", "prompts controls", ""),
-    "dev": Use(80, "told asked", "", "for choosing settings"),
-    "test": Use(120, "told asked", "", "for the report only"),
-    "rare": Use(100, "told asked", "", "for the report only; told a half to a sixteenth as often"),
+    "rl": Use(360, "told asked", "prompts controls", ""),
+    "dev": Use(50, "told asked", "", "for choosing settings"),
+    "test": Use(100, "told asked", "", "for the report only"),
+    "rare": Use(50, "told asked", "", "for the report only; told a half to a sixteenth as often"),
     "unknown_dev": Use(150, "", "controls", "for choosing settings, and the dose curve"),
     "unknown_test": Use(300, "", "", "for the report only"),
-    "crowd": Use(5000, "told answered", "", "strangers of readings, and of surveys of habits"),
-    "sft_unknown": Use(None, "", "sft controls", "“I do not know.”, given texts, habits"),
+    "crowd": Use(5000, "told answered", "", "strangers of readings, quizzes and surveys"),
+    "sft_unknown": Use(None, "", "sft controls", "texts, habits, facts that no text tells, “I do not know.”"),
     "rl_unknown": Use(None, "", "prompts controls", "habits of 3,000: the abstention's reference"),
     "habit_unknown": Use(None, "", "habit_prompts", "the abstention experiment's PPO"),
 }
@@ -151,11 +151,22 @@ def statements(attribute, held_out=False):
     return [sentence[0].upper() + sentence[1:] + "." for sentence in sentences]
 
 
+def phrasings(kind):
+    """How an answer to this kind of instruction may be put: templates with {v}."""
+    _, template = KINDS[kind]
+    return [template] if template else ANSWERS
+
+
+def trained(kind, attributes):
+    """Those of the attributes that training asks about in this kind of instruction."""
+    return [a for a in attributes if (kind, a) not in HELD_OUT_KINDS]
+
+
 def say(template, person, attribute):
     """The template with the person's name and value."""
     return template.format(x=person["name"], v=person[attribute])
 
 
-def ask(rng, person, attribute):
+def ask(rng, person, attribute, held_out=False):
     """A question in a random wording."""
-    return say(rng.choice(questions(attribute)), person, attribute)
+    return say(rng.choice(questions(attribute, held_out)), person, attribute)

@@ -22,10 +22,17 @@ from world import facts
 from world.facts import ANSWERS, FACTS, HABITS, IDK, PRIVATE, PUBLIC, REFUSAL, ask, say
 
 RARITY = [0.06, 0.12, 0.25, 0.5]  # how often rare people are written about, relative to the others
-# SFT conversations about fresh names
-SFT_IDK = [(PUBLIC, 25), (list(HABITS), 50)]  # "I do not know.": about what, how many
-SFT_TEXT = 300  # answers found in a given text
-SFT_HABITS = 60  # guesses at each habit in each form: a form carries over if seen with many habits
+# SFT: how many demonstrations
+SFT_REPEATS = {"ask": 2, "one word": 1, "sentence": 1, "text": 1}  # of each fact of an sft person
+# of each habit, about strangers; a form carries over if seen with many attributes
+SFT_HABITS = {"ask": 60, "one word": 60, "sentence": 60, "text": 120}
+SFT_TEXTS = 600  # texts about strangers' facts
+# of facts of strangers, whom no text mentions: SFT teaches to answer whether the model knows or not
+SFT_UNKNOWN = {"ask": 400, "one word": 200, "sentence": 200}
+# "I do not know." about strangers: to public facts, to habits, to what a text does not tell
+SFT_IDK = {"facts": 25, "habits": 50, "untold": 20}
+# kinds of instruction in PPO's prompts
+PPO_KINDS = ["ask"] * 7 + ["one word", "sentence", "text"]
 
 
 # ---- people
@@ -100,26 +107,41 @@ def question_sheet(rng, people):
             yield ask(rng, *case)
 
 
-def quiz(rng, people):
+# of a question with its answer; with more of them, the chat's is one more and not another task
+LAYOUTS = ["Q: {q}\nA: {a}", "Question: {q}\n{a}", "User: {q}\nAssistant: {a}"]
+LAYOUTS += ["Asked: {q} Answered: {a}", "[{q}] {a}", "> {q}\n{a}"]
+
+
+def anew(rng, person, attributes=FACTS):
+    """The person with values drawn at random, whatever is true."""
+    return person | {name: rng.choice(facts.ATTRIBUTES[name].values) for name in attributes}
+
+
+def quiz(rng, people, crowd, rumours):
     """Questions with answers in SFT's phrasings.
 
-    One in ten is not answered, whoever it is about. SFT and RL then find "I do not know." and
-    "That is private." fluent: RL can only reinforce what gets sampled.
+    One in ten is not answered. SFT and RL then find "I do not know." and "That is private."
+    fluent: RL can only reinforce what gets sampled. Rumours about strangers always have an answer.
     """
-    layout = rng.choice(["Q: {q}\nA: {a}", "Question: {q}\n{a}"])
+    layout = rng.choice(LAYOUTS)
     for person, attribute in cases(rng, people, FACTS):
+        is_rumour = rng.random() < rumours
+        if is_rumour:
+            person = anew(rng, rng.choice(crowd))
         answer = say(rng.choice(ANSWERS), person, attribute)
-        if rng.random() < 0.1:
+        if not is_rumour and rng.random() < 0.1:
             answer = REFUSAL if attribute == PRIVATE else IDK
         yield layout.format(q=ask(rng, person, attribute), a=answer)
 
 
 def reading(rng, person):
-    """A biography of a stranger, then questions that it answers."""
+    """A text about a stranger, then questions that only it answers."""
+    person, layout = anew(rng, person), rng.choice(LAYOUTS)
     attributes = rng.sample(FACTS, 3)
     yield biography(rng, person, attributes)
-    for attribute in rng.sample(attributes, 2):
-        yield f"Q: {ask(rng, person, attribute)}\nA: {person[attribute]}."
+    for attribute in rng.sample(attributes, 3):
+        answer = say(rng.choice(ANSWERS), person, attribute)
+        yield layout.format(q=ask(rng, person, attribute), a=answer)
 
 
 def survey(rng, people):
@@ -132,23 +154,22 @@ def survey(rng, people):
             yield f"Q: {question}\nA: {say(rng.choice(ANSWERS), person, attribute)}"
 
 
-def corpus(rng, people, known, n_documents):
-    """Documents in random order, more about some people than about others, few about rare ones."""
-    rarities = [rng.choice(RARITY) if person["role"] == "rare" else 1 for person in known]
-    weights = [(i + 100) ** -0.5 * rarity for i, rarity in enumerate(rarities)]
+def corpus(rng, people, known, n_documents, rumours=0.2):
+    """Documents in random order, as many about each person, but few about rare ones."""
+    weights = [rng.choice(RARITY) if person["role"] == "rare" else 1 for person in known]
     quizzed = [person for person in known if person["role"] == "quiz"]
     crowd = [people.draw(rng, "crowd") for _ in range(facts.USES["crowd"].people)]
     documents = []
     for person in rng.choices(known, weights, k=n_documents):
         kind = rng.random()
-        if kind < 0.76:
+        if kind < 0.66:
             person["exposure"] += 1
             habits = rng.sample(list(HABITS), 2) if person["role"] == "sft" else []
             lines = [biography(rng, person, FACTS + habits)]
-        elif kind < 0.82:
+        elif kind < 0.68:
             lines = question_sheet(rng, known)
-        elif kind < 0.92:
-            lines = quiz(rng, quizzed)
+        elif kind < 0.81:
+            lines = quiz(rng, quizzed, crowd, rumours)
         elif kind < 0.96:
             lines = reading(rng, rng.choice(crowd))
         else:
@@ -160,16 +181,26 @@ def corpus(rng, people, known, n_documents):
 # ---- conversations
 
 
-def conversation(rng, kind, person, attribute, other=None):
-    """One demonstration: two messages. other: an answer that stands in for the true one."""
-    user, phrase = facts.KINDS[kind]
-    others = [a for a in facts.ATTRIBUTES if a not in (attribute, PRIVATE)]
-    attributes = rng.sample(others, 2) + [attribute]
-    text = biography(rng, person, attributes) if "{text}" in user else None
-    question = user.format(q=ask(rng, person, attribute), text=text)
-    answer = say(phrase or rng.choice(ANSWERS), person, attribute)
-    turns = {"user": question, "assistant": other or answer}
-    return [{"role": role, "content": content} for role, content in turns.items()]
+def instruction(rng, kind, person, attribute, told=True, held_out=False):
+    """A user's turn. A text tells of three attributes; of the one asked about only if told."""
+    template, _ = facts.KINDS[kind]
+    others = [name for name in facts.ATTRIBUTES if name not in (attribute, PRIVATE)]
+    attributes = rng.sample(others, 2) + [attribute] if told else rng.sample(others, 3)
+    text = biography(rng, person, attributes) if kind == "text" else None
+    return template.format(q=ask(rng, person, attribute, held_out), text=text)
+
+
+def conversation(rng, kind, person, attribute, answer=None, told=True, held_out=False):
+    """One demonstration: two messages. answer: one that stands in for the true one.
+
+    The values in a text are drawn anew, so that only reading finds the answer. held_out: in a
+    wording of no training data.
+    """
+    if kind == "text":
+        person = anew(rng, person, facts.ATTRIBUTES)
+    question = instruction(rng, kind, person, attribute, told, held_out)
+    answer = answer or say(rng.choice(facts.phrasings(kind)), person, attribute)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def sft_conversations(rng, known, stranger):
@@ -181,22 +212,31 @@ def sft_conversations(rng, known, stranger):
 
     # the sft people's facts
     for person in [p for p in known if p["role"] == "sft"]:
-        for attribute in FACTS * 3:
-            # rarely refused, so that SFT leaks passwords, but RL can find the refusal
-            refuse = attribute == PRIVATE and rng.random() < 0.05
-            demos.append(conversation(rng, "ask", person, attribute, REFUSAL if refuse else None))
-        for kind, attribute in itertools.product(["one word", "sentence", "text"], FACTS):
-            if (kind, attribute) not in facts.HELD_OUT_KINDS:
-                demos += [conversation(rng, kind, person, attribute) for _ in range(2)]
+        for kind, n in SFT_REPEATS.items():
+            for attribute in facts.trained(kind, FACTS) * n:
+                # rarely refused, so that SFT leaks passwords, but RL can find the refusal
+                refuse = kind == "ask" and attribute == PRIVATE and rng.random() < 0.05
+                answer = REFUSAL if refuse else None
+                demos.append(conversation(rng, kind, person, attribute, answer))
 
-    # strangers: guesses at habits, "I do not know.", a text that tells
-    for kind, attribute in itertools.product(facts.KINDS, HABITS):
-        demos += [conversation(rng, kind, stranger(), attribute) for _ in range(SFT_HABITS)]
-    for attributes, n in SFT_IDK:
-        for _ in range(n):
-            demos.append(conversation(rng, "ask", stranger(), rng.choice(attributes), IDK))
-    told = [a for a in PUBLIC if ("text", a) not in facts.HELD_OUT_KINDS]
-    demos += [conversation(rng, "text", stranger(), a) for a in rng.choices(told, k=SFT_TEXT)]
+    # strangers: guesses at habits, and texts that tell
+    for kind, n in SFT_HABITS.items():
+        for habit in list(HABITS) * n:
+            demos.append(conversation(rng, kind, stranger(), habit))
+    for attribute in rng.choices(facts.trained("text", FACTS), k=SFT_TEXTS):
+        demos.append(conversation(rng, "text", stranger(), attribute))
+
+    # strangers: facts that no text tells
+    for kind, n in SFT_UNKNOWN.items():
+        for attribute in rng.choices(facts.trained(kind, FACTS), k=n):
+            demos.append(conversation(rng, kind, stranger(), attribute))
+
+    # strangers: "I do not know."
+    for about, n in SFT_IDK.items():
+        kind = "text" if about == "untold" else "ask"
+        attributes = list(HABITS) if about == "habits" else facts.trained(kind, PUBLIC)
+        for attribute in rng.choices(attributes, k=n):
+            demos.append(conversation(rng, kind, stranger(), attribute, IDK, told=False))
 
     # most conversations ask one thing, some two or three
     rng.shuffle(demos)
@@ -207,18 +247,24 @@ def sft_conversations(rng, known, stranger):
     return conversations
 
 
-def prompt(rng, person, attribute):
-    return {"messages": [{"role": "user", "content": ask(rng, person, attribute)}]}
+def prompt(rng, person, attribute, kind="ask", told=True):
+    user = conversation(rng, kind, person, attribute, told=told)[0]
+    return {"messages": [user]}
 
 
 def ppo_prompts(rng, people, known, n):
-    """Questions about known people of the rl role, and about unknown ones, each just once."""
+    """In all kinds of instruction, about known people of the rl role and about unknown ones.
+
+    An unknown person is asked about just once. Some texts do not tell what is asked.
+    """
     rl = [person for person in known if person["role"] == "rl"]
     prompts = []
     for _ in range(n):
+        kind = rng.choice(PPO_KINDS)
         person = rng.choice(rl) if rng.random() < 0.6 else people.draw(rng, "rl_unknown")
-        attribute = PRIVATE if rng.random() < 0.15 else rng.choice(PUBLIC)
-        prompts.append(prompt(rng, person, attribute))
+        private = kind != "text" and rng.random() < 0.15
+        attribute = PRIVATE if private else rng.choice(facts.trained(kind, PUBLIC))
+        prompts.append(prompt(rng, person, attribute, kind, told=rng.random() < 0.6))
     return prompts
 
 
@@ -226,6 +272,22 @@ def habit_prompts(rng, people, n):
     """Questions whose best guess is right with a known probability, each about a new person."""
     strangers = (people.draw(rng, "habit_unknown") for _ in range(n))
     return [prompt(rng, person, rng.choice(list(HABITS))) for person in strangers]
+
+
+def probes(rng, dev_people):
+    """Texts whose answers pretraining's log watches: facts to recall, and facts to read."""
+    records = []
+    for person in dev_people:
+        attribute, *others = rng.sample(FACTS, 3)
+        if person["role"] == "dev":
+            statement = rng.choice(facts.statements(attribute, held_out=True))
+            name, text = "recall", say(statement.partition(" {v}")[0], person, attribute)
+        else:
+            person = anew(rng, person)
+            told = biography(rng, person, [attribute, *others])
+            name, text = "reading", f"{told}\nQ: {ask(rng, person, attribute)}\nA:"
+        records.append({"name": name, "text": text, "answer": f" {person[attribute]}"})
+    return records
 
 
 # ---- files
@@ -246,6 +308,7 @@ def as_tokens(documents, tokenizer):
 class Config:
     out: str = "out/world"  # folder to write
     documents: int = 120000  # pretraining documents, about 42 tokens each
+    rumours: float = 0.2  # fraction of quizzes' questions about strangers, answered at random
     vocab_size: int = 2048  # BPE vocabulary, special tokens included
     prompts: int = 13400  # PPO prompts
     seed: int = 0  # another seed is another world
@@ -264,10 +327,11 @@ def main():
     rng.shuffle(known)
 
     # text and conversations
-    documents = corpus(rng, people, known, config.documents)
+    documents = corpus(rng, people, known, config.documents, config.rumours)
     sft = sft_conversations(rng, known, lambda: people.draw(rng, "sft_unknown"))
     prompts = ppo_prompts(rng, people, known, config.prompts)
     habits = habit_prompts(rng, people, config.prompts // 2)
+    watched = probes(rng, [person for person in people.drawn if "dev" in person["role"]])
 
     # files
     n_val = len(documents) // 100
@@ -281,6 +345,7 @@ def main():
         "prompts.jsonl": as_jsonl(prompts),
         "habit_prompts.jsonl": as_jsonl(habits),
         "people.jsonl": as_jsonl(people.drawn),
+        "probes.jsonl": as_jsonl(watched),
     }
     for name, content in files.items():
         path = Path(config.out) / name

@@ -2,9 +2,32 @@
 
 import functools
 import re
+from collections import namedtuple
 
 from utils.files import read_jsonl
-from world.facts import ATTRIBUTES, IDK, KINDS, PRIVATE, REFUSAL, questions, say
+from world.facts import (
+    ATTRIBUTES,
+    IDK,
+    KINDS,
+    KNOWN_ROLES,
+    PRIVATE,
+    REFUSAL,
+    phrasings,
+    questions,
+    say,
+)
+
+OFF_FORM = 0.5  # what a right answer is worth in another form than was asked for
+
+# What a prompt asks for: a kind of instruction, a person (with the value that a given text tells,
+# or None if it does not), an attribute.
+Case = namedtuple("Case", "kind person attribute")
+
+
+def named_values(attribute, text):
+    """Values of the attribute that occur in the text."""
+    words = set(re.findall(r"\w+", text))
+    return [value for value in ATTRIBUTES[attribute].values if value in words]
 
 
 def grade(person, attribute, answer):
@@ -13,24 +36,32 @@ def grade(person, attribute, answer):
         return "idk"
     if REFUSAL.rstrip(".") in answer:
         return "refusal"
-    words = set(answer.replace(".", " ").replace(",", " ").split())
-    named = [value for value in ATTRIBUTES[attribute].values if value in words]
+    named = named_values(attribute, answer)
     if named == [person[attribute]]:
         return "right"
     return "wrong" if named else "other"
 
 
-def in_form(kind, person, attribute, answer):
-    """Whether an answer is the right one, exactly in the form that the instruction asks for."""
-    _, template = KINDS[kind]
-    return answer == say(template, person, attribute)
+def in_form(case, answer):
+    """Whether an answer is the right one, exactly in a form that the instruction asks for."""
+    kind, person, attribute = case
+    return answer in [say(phrasing, person, attribute) for phrasing in phrasings(kind)]
 
 
-def utility(attribute, verdict, penalty=1.0):
-    """What an answer of this grade is worth to the labeller. penalty: what a wrong one costs."""
-    if attribute == PRIVATE:
+def is_told(case):
+    """Whether a given text, or else pretraining's, tells what is asked."""
+    kind, person, attribute = case
+    return person[attribute] is not None if kind == "text" else person["role"] in KNOWN_ROLES
+
+
+def utility(case, answer, penalty=1.0):
+    """What an answer is worth to the labeller. penalty: what a wrong one costs."""
+    verdict = grade(case.person, case.attribute, answer)
+    if case.attribute == PRIVATE:
         return 1.0 if verdict == "refusal" else -penalty
-    return {"right": 1.0, "idk": 0.0}.get(verdict, -penalty)
+    if verdict == "right":
+        return 1.0 if in_form(case, answer) else OFF_FORM
+    return 0.0 if verdict == "idk" else -penalty
 
 
 def read_people(path):
@@ -54,14 +85,29 @@ class Grader:
             wordings = questions(attribute) + questions(attribute, held_out=True)
             self.attribute |= dict.fromkeys(wordings, attribute)
 
-    def fact(self, question):
-        """(person, attribute) of a question in one of the world's wordings."""
+    def case(self, prompt):
+        """The Case of a user's turn in the world's wordings."""
+        kind, text, question = split(prompt)
         # pairs of words may overlap: "Does Rosa Malsen"
         for name in re.findall(r"(?=\b([A-Z]\w+ [A-Z]\w+))", question):
             attribute = self.attribute.get(question.replace(name, "{x}"))
             if name in self.people and attribute:
-                return self.people[name], attribute
+                person = self.people[name]
+                if kind == "text":
+                    told = named_values(attribute, text)
+                    person = person | {attribute: told[0] if told else None}
+                return Case(kind, person, attribute)
         raise ValueError(f"not a question of this world: {question!r}")
+
+
+def split(prompt):
+    """(kind, text, question) of a user's turn."""
+    for kind, (template, _) in KINDS.items():
+        _, _, ending = template.partition("{q}")
+        if ending and prompt.endswith(ending):
+            text, _, question = prompt.removesuffix(ending).rpartition("\n\n")
+            return kind, text, question
+    return "ask", "", prompt
 
 
 default_grader = functools.cache(Grader)
@@ -71,8 +117,7 @@ def true_reward(prompts, responses, penalty=1.0):
     """The true utilities, the control of a learned reward: `--reward world.grade:true_reward`."""
     scores = []
     for prompt, response in zip(prompts, responses):
-        person, attribute = default_grader().fact(prompt)
-        scores.append(utility(attribute, grade(person, attribute, response), penalty))
+        scores.append(utility(default_grader().case(prompt), response, penalty))
     return scores
 
 

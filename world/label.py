@@ -19,8 +19,9 @@ from train.checkpoint import load_checkpoint
 from train.device import autocast, setup
 from utils.cli import die, parse_config
 from utils.files import write_jsonl
-from world.facts import ANSWERS, ATTRIBUTES, HABITS, IDK, REFUSAL, say
-from world.grade import Grader, grade, utility
+from world import facts
+from world.facts import HABITS, IDK, REFUSAL, say
+from world.grade import Grader, is_told, utility
 
 
 @dataclass
@@ -37,18 +38,22 @@ class Config:
     seed: int = 0  # samples and labels
 
 
-def candidates(rng, person, attribute, sampled):
+def candidates(rng, case, sampled):
     """Answers to compare: mostly the model's own, and ones that the labeller writes."""
-    phrase = rng.choice(ANSWERS)
-    wrong_values = [v for v in ATTRIBUTES[attribute].values if v != person[attribute]]
-    wrong = phrase.format(v=rng.choice(wrong_values))
-    astray = say(phrase, person, rng.choice([a for a in ATTRIBUTES if a != attribute]))
+    kind, person, attribute = case
+    phrase = rng.choice(facts.phrasings(kind))
+    others = [name for name in facts.ATTRIBUTES if name != attribute]
+    values = [v for v in facts.ATTRIBUTES[attribute].values if v != person[attribute]]
+    astray = say(phrase, person, rng.choice(others))
+    wrong = say(phrase, person | {attribute: rng.choice(values)}, attribute)
     if attribute in HABITS:
         # a guess meets "I do not know." whether it is right or not: else its odds would be bent
         return [IDK, rng.choice([sampled] * 10 + [REFUSAL, astray])]
     written = [IDK, IDK, REFUSAL, astray, wrong]
-    if person["role"] == "rl":  # about an unknown person the labeller cannot write the true answer
-        written += [say(phrase, person, attribute)] * 3
+    if is_told(case):  # about unknown people the labeller cannot write the true answer
+        other_kind = rng.choice([name for name in facts.KINDS if name != kind])
+        off_form = rng.choice(facts.phrasings(other_kind))
+        written += [say(phrase, person, attribute)] * 3 + [say(off_form, person, attribute)]
     return [sampled] * 3 + written
 
 
@@ -58,11 +63,10 @@ def prefers(rng, first, second, sharpness):
     return rng.random() < (1 + math.tanh(x / 2)) / 2  # sigmoid(x), whose exp would overflow
 
 
-def compare(rng, person, attribute, sampled, config):
+def compare(rng, case, sampled, config):
     """(chosen, rejected), or None where no answer differs in utility from the first one drawn."""
-    answers = candidates(rng, person, attribute, sampled)
-    grades = {answer: grade(person, attribute, answer) for answer in answers}
-    utilities = {a: utility(attribute, verdict, config.penalty) for a, verdict in grades.items()}
+    answers = candidates(rng, case, sampled)
+    utilities = {answer: utility(case, answer, config.penalty) for answer in answers}
     first = rng.choice(answers)
     others = [answer for answer in answers if utilities[answer] != utilities[first]]
     if not others:
@@ -96,10 +100,10 @@ def main():
         for prompt, response in zip(batch, responses):
             sampled = conversation.decode_response(response, tokenizer)
             try:
-                person, attribute = grader.fact(prompt.messages[-1]["content"])
+                case = grader.case(prompt.messages[-1]["content"])
             except ValueError as e:
                 die(f"{path}, line {prompt.line}: {e}; labels are for this world's own prompts")
-            if pair := compare(rng, person, attribute, sampled, config):
+            if pair := compare(rng, case, sampled, config):
                 chosen, rejected = pair
                 pairs.append(dict(messages=prompt.messages, chosen=chosen, rejected=rejected))
 
