@@ -120,7 +120,7 @@ USES = {
     "unknown_dev": Use(150, "", "controls", "for choosing settings, and the dose curve"),
     "unknown_test": Use(300, "", "", "for the report only"),
     "crowd": Use(5000, "told answered", "", "strangers of readings, quizzes and surveys"),
-    "sft_unknown": Use(None, "", "sft controls", "texts, habits, facts that no text tells, “I do not know.”"),
+    "sft_unknown": Use(None, "", "sft controls", "texts, habits, unknown facts, “I do not know.”"),
     "rl_unknown": Use(None, "", "prompts controls", "habits of 3,000: the abstention's reference"),
     "habit_unknown": Use(None, "", "habit_prompts", "the abstention experiment's PPO"),
 }
