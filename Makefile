@@ -4,6 +4,8 @@
 # make docs-check   the documents' links, commands and figures, in under a minute
 # make experiments  every claim with its control on three seeds; goes on where it was interrupted
 # make score        the default run over SEEDS="0 1 2", and its score: out/score/score.md
+# make frontier     the same comparisons used in other ways, from the same runs: out/frontier
+# make kl           PPO with every weight of the KL penalty, from the same runs: out/kl
 # make bench        speed against what users would pick instead: out/bench.md; BENCH=--help
 # make gpu          what a GPU makes of it, in at most 8 minutes: docs/gpu.md
 # make test-faults  set up, then what takes longer: kills and damaged files (FUZZ_SECONDS=300)
@@ -33,7 +35,7 @@ export GOMP_SPINCOUNT ?= 1000
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 2147483648
 
-.PHONY: all test docs docs-check test-faults experiments score bench gpu mutants clean
+.PHONY: all test docs docs-check test-faults experiments score frontier kl bench gpu mutants clean
 .DELETE_ON_ERROR:
 all: out/report.md
 
@@ -105,6 +107,9 @@ experiments: | $(VENV)/ready
 SEEDS ?= 0 1 2
 score: | $(VENV)/ready
 	$(RUN) -m lab.score --seeds "$(SEEDS)"
+
+frontier kl: | $(VENV)/ready
+	$(RUN) -m lab.$@ --seeds "$(SEEDS)"
 
 # Rows that need TRL or tiny Shakespeare are left out where neither was there before nor a network
 # brings it.

@@ -65,11 +65,16 @@ def score_text(reports):
     return table(["in percent", "mean", *[f"seed {seed}" for seed in reports]], rows)
 
 
+def read_seeds(text):
+    seeds = text.split()
+    if not seeds or not all(seed.isdigit() for seed in seeds):
+        die(f'--seeds "{text}": give numbers, such as "0 1 2"')
+    return seeds
+
+
 def main():
     config = parse_config(Config, __doc__)
-    seeds = config.seeds.split()
-    if not seeds or not all(seed.isdigit() for seed in seeds):
-        die(f'--seeds "{config.seeds}": give numbers, such as "0 1 2"')
+    seeds = read_seeds(config.seeds)
     run_jobs(plan(), seeds, config.out, config.workers)
     remedy = "remove it, and it is made again"
     reports = {seed: read_json(Path(config.out, seed, "out/report.json"), remedy) for seed in seeds}

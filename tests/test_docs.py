@@ -139,6 +139,7 @@ SCRIPTS = ["pretrain.py", "sft.py", "reward.py", "ppo.py", "chat.py", "convert.p
 SCRIPTS += ["data/fetch.py", "world/generate.py", "world/label.py", "forks/dpo.py", "forks/grpo.py"]
 SCRIPTS += ["lab/report.py", "lab/experiments.py", "lab/controls.py", "lab/capitals.py"]
 SCRIPTS += ["lab/docs.py", "lab/score.py", "lab/tries.py"]
+SCRIPTS += ["lab/frontier.py", "lab/kl.py", "lab/watched.py", "lab/clock.py"]
 SCRIPTS += ["bench/run.py", "bench/gpu.py", "bench/memory.py", "tests/long_run.py"]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 

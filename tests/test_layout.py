@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "convert": LOWER,
     "world": {"utils", "data", "world"},
     "world/label": LOWER | {"world"},
-    "lab": LOWER | STAGES | {"world", "lab"},
+    "lab": LOWER | STAGES | {"world", "world/label", "lab"},
     "forks": LOWER | STAGES | {"forks"},
     "bench": LOWER | STAGES | {"convert", "bench"},
 }
