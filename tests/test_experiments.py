@@ -427,7 +427,7 @@ def test_demonstrations_are_right_or_refusals_and_with_abstain_idk_about_people_
 def test_prompts_of_the_controls_are_ppo_s_own():
     """As many demonstrations as PPO has episodes, and none of its held-out prompts, the last."""
     config = ppo.Config()
-    assert controls.N_EPISODES == experiments.PPO_STEPS * config.batch_size
+    assert controls.N_EPISODES == config.steps * config.batch_size
     assert controls.N_EPISODES <= generate.Config.prompts - config.val_size
 
 

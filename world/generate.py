@@ -265,10 +265,10 @@ def ppo_prompts(rng, people, known, n):
     prompts = []
     for _ in range(n):
         kind = rng.choice(PPO_KINDS)
-        person = rng.choice(rl) if rng.random() < 0.6 else people.draw(rng, "rl_unknown")
+        person = rng.choice(rl) if rng.random() < 0.65 else people.draw(rng, "rl_unknown")
         private = kind != "text" and rng.random() < 0.15
         attribute = PRIVATE if private else rng.choice(facts.trained(kind, PUBLIC))
-        prompts.append(prompt(rng, person, attribute, kind, told=rng.random() < 0.6))
+        prompts.append(prompt(rng, person, attribute, kind, told=rng.random() < 0.8))
     return prompts
 
 
