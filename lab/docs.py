@@ -52,10 +52,10 @@ SUMMARY = """\
   from {before[val_score]:.2f} ± {before[val_score_se]:.2f}
   to {after[val_score]:.2f} ± {after[val_score_se]:.2f} at a KL of {after[val_kl_ref]:.1f} nats,
   with {ppo_well_formed:.1%} of the sampled answers well-formed and ended.
-- **What PPO costs**: people whom it asked about are answered right in {gap:+.1f} points more of the
-  cases than these; the instruction × attribute that lost most lost {form_loss:.1f} points. Where a
-  text does not tell what is asked, {sft_closed_hallucinated:.1%} of the answers are hallucinated
-  after SFT and {ppo_closed_hallucinated:.1%} after PPO."""
+- **What PPO costs**: people whom it asked about are answered right more often, by {gap:.1f} points;
+  the instruction × attribute that lost most lost {form_loss:.1f} points. Where a text does not tell
+  what is asked, {sft_closed_hallucinated:.1%} of the answers are hallucinated after SFT and
+  {ppo_closed_hallucinated:.1%} after PPO."""
 
 
 def summary(results):
