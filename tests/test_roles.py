@@ -20,8 +20,9 @@ from world.grade import Grader
 CONTROLS = ["sft_shuffled", "demos", "demos_idk", "habit_ref", "dose_0"]
 CONTROLS += [f"sft_{n}" for n in controls.SIZES]
 CONTROLS += [f"dose_{d}{end}" for d in controls.DOSES if d for end in ("", "_removed", "_idk")]
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "world.md").read_text(encoding="utf-8")
 FILES = ["sft", "prompts", "habit_prompts"] + [f"controls/{name}" for name in CONTROLS]
-# a question with its answer in the text; all but the first mark quizzes and readings
+# a question with its answer in the text; surveys have the first one only
 LAYOUTS = [r"Q: (.+)\nA: (.+)", r"Question: (.+)\n(.+)", r"User: (.+)\nAssistant: (.+)"]
 LAYOUTS += [r"Asked: (.+) Answered: (.+)", r"\[(.+)\] (.+)", r"> (.+)\n(.+)"]
 LAYOUTS = [re.compile(rf"^{layout}$", re.MULTILINE) for layout in LAYOUTS]
@@ -31,7 +32,7 @@ LAYOUTS = [re.compile(rf"^{layout}$", re.MULTILINE) for layout in LAYOUTS]
 def world(tmp_path_factory):
     """A small world's folder, with the controls of the experiments."""
     folder = tmp_path_factory.mktemp("world")
-    tiny.run(generate, dict(out=folder, documents=12000, prompts=8000, vocab_size=600))
+    tiny.run(generate, dict(out=folder, documents=12000, vocab_size=600))
     tiny.run(controls, dict(data=folder))
     return folder
 
@@ -90,9 +91,9 @@ def kind_of(its, people):
         return "sheet"
     if "crowd" in roles and not {a for *_, a, _ in its} & set(FACTS):
         return "survey"
-    return {"told": "biography", "answered": "quiz", "answered told": "reading"}[
-        " ".join(sorted(found))
-    ]
+    if found == {"told", "answered"}:
+        return "reading"
+    return "biography" if found == {"told"} else "quiz"
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +155,7 @@ def test_the_document_shows_the_table():
         text, files = (", ".join(cell.split()) or "–" for cell in (use.text, use.files))
         rows.append([role, people, text, files, use.note])
     shown = table(["role", "people", "in the pretraining text", "asked about in", ""], rows)
-    path = Path(__file__).parent.parent / "docs" / "world.md"
-    assert f"\n\n{shown}\n\n" in path.read_text(encoding="utf-8")
+    assert f"\n\n{shown}\n\n" in DOCUMENT
 
 
 def test_there_are_as_many_people_of_each_role_as_the_table_says(people):
@@ -188,6 +188,17 @@ def test_the_files_ask_about_the_roles_of_the_table(world, people, grader):
 # ---- the text
 
 
+def test_kinds_of_documents_are_as_frequent_as_the_document_says(stream):
+    """Within 4 standard errors."""
+    shares = dict(re.findall(r"^- (\w+).*? \((\d+)%\)", DOCUMENT, re.MULTILINE))
+    singular = {"biographies": "biography", "sheets": "sheet", "quizzes": "quiz"}
+    singular |= {"readings": "reading", "surveys": "survey"}
+    assert shares.keys() == singular.keys() and sum(map(int, shares.values())) == 100
+    for name, percent in shares.items():
+        n = len(of_kind(stream, singular[name]))
+        assert is_near(n, len(stream), int(percent) / 100)
+
+
 def test_a_quiz_s_answers_are_true_or_one_in_ten_not_given_or_rumours_about_strangers(
     stream, people
 ):
@@ -213,22 +224,29 @@ def test_a_quiz_s_answers_are_true_or_one_in_ten_not_given_or_rumours_about_stra
     assert is_near(counts["true rumour"], counts["crowd"], 1 / 32)
 
 
-def test_a_reading_tells_a_stranger_s_values_drawn_anew_and_asks_for_all_of_them(stream, people):
-    n = n_true = 0
-    for document, its in of_kind(stream, "reading"):
+def test_a_reading_tells_three_values_drawn_anew_of_a_stranger_and_asks_for_them_alone(
+    stream, people
+):
+    """As often as the document says: what was asked returns, mostly in other words."""
+    [number] = re.findall(r"then (\w+) questions that only it answers", DOCUMENT)
+    n_questions = {"three": 3, "four": 4, "five": 5, "six": 6}[number]
+    n_true = n_reworded = 0
+    documents = of_kind(stream, "reading")
+    for document, its in documents:
         [name] = {name for _, name, _, _ in its}
         assert people[name]["role"] == "crowd"
-        text = document
+        text, questions = document, []
         for layout in LAYOUTS:
+            questions += [question for question, _ in layout.findall(document)]
             text = layout.sub("", text)
-        asked = {a: answer for relation, _, a, answer in its if relation == "answered"}
-        assert asked.keys() == {fact for fact in FACTS if told_in(text, fact)}
-        assert len(asked) == sum(relation == "answered" for relation, *_ in its) == 3
-        for attribute, answer in asked.items():
-            assert told_in(answer, attribute) == told_in(text, attribute)
-            n_true += told_in(text, attribute) == people[name][attribute]
-            n += 1
-    assert n > 1000 and is_near(n_true, n, 1 / 32)
+        told = {fact: told_in(text, fact) for fact in FACTS if told_in(text, fact)}
+        answered = [(a, answer) for relation, _, a, answer in its if relation == "answered"]
+        assert len(told) == 3 and len(answered) == len(questions) == n_questions
+        assert all(told_in(answer, a) == told[a] for a, answer in answered)
+        n_true += sum(told[fact] == people[name][fact] for fact in told)
+        n_reworded += len(set(questions)) > len({a for a, _ in answered})
+    assert is_near(n_true, 3 * len(documents), 1 / 32)
+    assert n_reworded > 0.9 * len(documents) > 900
 
 
 def test_a_survey_tells_and_answers_strangers_habits_truly(stream, people):
@@ -379,12 +397,12 @@ def test_what_a_text_tells_is_drawn_anew_and_contradicts_memory(world, grader, n
     assert n > 200 and is_near(n_true, n, 1 / 32)
 
 
-def test_four_in_ten_of_the_prompts_texts_do_not_tell_what_is_asked(world, grader):
+def test_one_in_five_of_the_prompts_texts_does_not_tell_what_is_asked(world, grader):
     texts = []
     for kind, text, _, person, attribute, _ in turns(world / "prompts.jsonl", grader):
         if kind == "text":
             texts.append((person["role"], told_in(text, attribute) is not None))
-    assert is_near(sum(told for _, told in texts), len(texts), 0.6)
+    assert is_near(sum(told for _, told in texts), len(texts), 0.8)
     assert len(set(texts)) == 4  # about known and unknown people, told and untold
 
 
