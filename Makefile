@@ -11,7 +11,7 @@
 # make test-faults  set up, then what takes longer: kills and damaged files (FUZZ_SECONDS=300)
 # make mutants      plants small bugs for 40 minutes; those that no test notices: out/mutants.txt
 # make clean        remove out/; the virtual environment stays
-# make CHECK=--check   the same as make, and fails where a figure of the report is below its floor
+# make CHECK=--check   the same as make, and fails where a figure of the report misses its limit
 # A stage reruns only when its input, its script or a file that it imports has changed.
 
 PYTHON ?= python3

@@ -47,14 +47,14 @@ class Config:
     data: str = "out/world/prompts.jsonl"  # prompts, one a line
     out: str = "out/ppo.pt"  # checkpoint to write
     resume: str = ""  # continue an interrupted run; "previous": from the older state
-    steps: int = 110  # iterations of rollout and update
+    steps: int = 100  # iterations of rollout and update
     batch_size: int = 128  # episodes per iteration
     minibatch_size: int = 64  # episodes per optimizer step
     micro_batch_size: int = 0  # episodes per forward pass; 0: all of a rollout or minibatch
     epochs: int = 2  # passes over a rollout; 4 take twice the time and gain nothing here
     max_new_tokens: int = 16  # longest response
     temperature: float = 1.0  # of sampling and of all log-probabilities
-    lr: float = 2e-4  # peak, linear to 0; a model of a billion parameters wants 3e-6
+    lr: float = 1e-4  # peak, linear to 0; a model of a billion parameters wants 3e-6
     beta: float = 0.05  # weight of the KL penalty
     kl_target: float = 0.0  # nats per response that beta slowly adapts to; 0: beta stays
     gamma: float = 1.0  # discount

@@ -1,6 +1,6 @@
 """What `make` measured, into the documents: docs/results.json, the pictures, docs/results.md.
 
-    python -m lab.docs
+    python -m lab.docs   # and the table of `make score`, where it has run
 
 Figures that a document quotes come from docs/results.json; tests/test_docs.py holds them to it.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lab.measure import table
 from utils.cli import die, parse_config
-from utils.files import atomic, read_json, write_block, write_text
+from utils.files import atomic, read_json, read_text, write_block, write_text
 
 STAGES = {"base": "after pretraining", "sft": "after SFT", "ppo": "after PPO"}
 PICTURES = ["curves.png", "credit.png"]
@@ -40,14 +40,22 @@ SUMMARY = """\
 - **Pretraining stores knowledge**: {recall:.1%} of the facts are completed right in sentences never
   seen, yet a bare question is answered {bare:.1%} of the time; {more_questions:.1%} of the time the
   base model goes on with more questions. It depends on the prompt's form: from {least:.1%} to
-  {most:.1%} right over {n_formats} formats.
+  {most:.1%} right over {n_formats} formats. And it **reads**: {base_reads:.1%} of the answers about
+  people in no other text are found in the text before the question.
 - **SFT draws it out**, for people it never asked about, from {worst:.1%} to {best:.1%} over
-  {n_wordings} wordings it never saw. And it hallucinates about people nobody told it of.
+  {n_wordings} wordings it never saw. And it hallucinates about people nobody told it of, though its
+  confidence tells known from unknown people with AUROC {sft_auroc:.3f}. Told to use a text, it reads
+  {sft_reads:.1%} of the answers (of an attribute never trained in this form {sft_reads_new:.1%}),
+  {sft_text_over_memory:.1%} where the text contradicts what pretraining said.
 - **The reward model** orders {reward_accuracy:.1%} of held-out pairs as the labeller did.
   **PPO** against it raises the score of held-out prompts
   from {before[val_score]:.2f} ± {before[val_score_se]:.2f}
   to {after[val_score]:.2f} ± {after[val_score_se]:.2f} at a KL of {after[val_kl_ref]:.1f} nats,
-  with {ppo_well_formed:.1%} of the sampled answers well-formed and ended."""
+  with {ppo_well_formed:.1%} of the sampled answers well-formed and ended.
+- **What PPO costs**: people whom it asked about are answered right more often, by {gap:.1f} points;
+  the instruction × attribute that lost most lost {form_loss:.1f} points. Where a text does not tell
+  what is asked, {sft_closed_hallucinated:.1%} of the answers are hallucinated after SFT and
+  {ppo_closed_hallucinated:.1%} after PPO."""
 
 
 def summary(results):
@@ -66,6 +74,8 @@ def summary(results):
         n_wordings=len(new_wordings),
         before=before,
         after=after,
+        gap=100 * results["ppo_membership_gap"],
+        form_loss=100 * results["ppo_form_loss"],
     )
 
 
@@ -81,6 +91,8 @@ def main():
     write_text(docs / "results.json", json.dumps(results, indent=1) + "\n")
     text = f"{grades_table(results)}\n\n{summary(results)}"
     write_block(docs / "results.md", "python -m lab.docs", text)
+    if (score := out / "score/score.md").exists():
+        write_block(docs / "results.md", "make score", read_text(score).rstrip("\n"))
     for picture in PICTURES:
         with atomic(docs / picture) as f:
             f.write((out / picture).read_bytes())

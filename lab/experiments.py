@@ -35,8 +35,6 @@ from world.grade import read_people
 ROOT = Path(__file__).resolve().parent.parent
 PEOPLE, PAIRS = "out/world/people.jsonl", "out/world/preferences.jsonl"
 CONTROLS = "out/world/controls"
-PPO_STEPS = controls.N_EPISODES // 128
-PPO_FLAGS = f"--steps {PPO_STEPS} --lr 1e-4"  # of every run whose samples are compared
 DOSE_STEPS = 20 * controls.N_FACTS // 32  # 20 passes: converged
 DOSE_FLAGS = "--val_fraction 0 --batch_size 32 --lr 5e-4 --eval_every 75"
 HABIT_BETA = 0.1
@@ -76,12 +74,12 @@ def reward_job(name, init, data):
     return Job(f"out/{name}.pt", command)
 
 
-def ppo_job(name, reward, flags=PPO_FLAGS, init="sft"):
+def ppo_job(name, reward, flags="", init="sft"):
     command = f"ppo --init out/{init}.pt --reward {reward} --out out/{name}.pt {flags}"
     return Job(f"out/{name}.pt", command, ("out/reward.pt",))  # controls.margin reads it
 
 
-def default_run(ppo_flags=""):
+def default_run():
     """The jobs that `make` does, but for the report."""
     return [
         Job(PEOPLE, "world.generate"),
@@ -89,13 +87,13 @@ def default_run(ppo_flags=""):
         Job("out/sft.pt", "sft --init out/base.pt --out out/sft.pt"),
         Job(PAIRS, f"world.label --init out/sft.pt --out {PAIRS}"),
         reward_job("reward", "sft", PAIRS),
-        ppo_job("ppo", "out/reward.pt", ppo_flags),
+        ppo_job("ppo", "out/reward.pt"),
     ]
 
 
 def jobs():
     """The plan of one seed."""
-    plan = default_run(PPO_FLAGS)
+    plan = default_run()
     plan.append(Job(f"{CONTROLS}/done", "lab.controls --data out/world", (PEOPLE,)))
 
     # claim 3: what SFT draws out with answers of other people, and with fewer conversations
@@ -105,7 +103,7 @@ def jobs():
     functions = {"ppo_true": "world.grade:true_reward", "ppo_margin": "lab.controls:margin"}
     for name, function in functions.items():
         plan.append(ppo_job(name, function))
-        plan.append(ppo_job(f"{name}_positive", function, f"{PPO_FLAGS} --min_score 0"))
+        plan.append(ppo_job(f"{name}_positive", function, "--min_score 0"))
     best_of = f"{CONTROLS}/best_of.jsonl"
     plan.append(Job(best_of, "lab.experiments --job best_of", ("out/reward.pt",)))
     plan += [sft_job(name, init="sft") for name in ("demos", "demos_idk", "best_of")]

@@ -315,7 +315,8 @@ def measure_model(model, tokenizer, roles, seed):
     known = roles["test"]
     groups = {"known": known, "unknown": roles["unknown_test"], "private": known}
     rare = sorted(roles["rare"], key=lambda person: person["exposure"])
-    groups |= {f"rare_{i}": rare[25 * i : 25 * i + 25] for i in range(4)}
+    ends = [len(rare) * i // 4 for i in range(5)]
+    groups |= {f"rare_{i}": rare[ends[i] : ends[i + 1]] for i in range(4)}
     result = {}
     for name, people in groups.items():
         attributes = [facts.PRIVATE] if name == "private" else facts.PUBLIC

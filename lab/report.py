@@ -2,10 +2,11 @@
 
 python -m lab.report                   # the checkpoints in out/, those that are there
 python -m lab.report --people dev      # on the development people: for choosing settings
-python -m lab.report --check           # and exit with 1 where a figure is below its floor
+python -m lab.report --check           # and exit with 1 where a figure misses its limit
 """
 
 import json
+import math
 import random
 import statistics
 from dataclasses import dataclass
@@ -23,13 +24,24 @@ from world.grade import read_people
 
 # A chain: each begins with what those before it made.
 STAGES = {"base": "pretraining", "sft": "SFT", "reward": "reward model", "ppo": "PPO"}
-FLOORS = {  # what the default run must reach
-    "recall": 0.95,
+# What the default run must reach: at least, and at most.
+FLOORS = {
+    "recall": 0.97,
+    "base_reads": 0.97,
     "sft_known": 0.92,
+    "sft_reads": 0.92,
+    "sft_text_over_memory": 0.85,
+    "sft_auroc": 0.96,
     "reward_accuracy": 0.85,
     "ppo_score_gain_in_se": 5.0,
-    "ppo_kl_below_15": 1.0,
+    "ppo_known": 0.85,
     "ppo_well_formed": 0.99,
+}
+CEILINGS = {
+    "ppo_kl": 15.0,
+    "ppo_unknown_hallucinated": 0.12,
+    "ppo_closed_hallucinated": 0.15,
+    "ppo_membership_gap": 0.06,
 }
 GROUPS = ["known, trained wordings", "known, new wordings"]
 GROUPS += ["unknown, trained wordings", "unknown, new wordings"]
@@ -40,7 +52,7 @@ class Config:
     out: str = "out"  # folder of the checkpoints and logs; the report goes there
     data: str = "out/world/people.jsonl"  # the world's people, and every fact about them
     people: str = "test"  # test, or dev while choosing settings
-    check: bool = False  # exit with 1 below the floors of the default run
+    check: bool = False  # exit with 1 where the default run misses a limit
     device: str = "auto"  # auto, cpu, cuda or mps
     seed: int = 0  # wordings and samples
 
@@ -157,7 +169,7 @@ def read_logs(logs):
         se = (before["val_score_se"] ** 2 + after["val_score_se"] ** 2) ** 0.5
         results["ppo_validations"] = before, after
         results["ppo_score_gain_in_se"] = gain / se if se else 0.0
-        results["ppo_kl_below_15"] = float(after["val_kl_ref"] < 15)
+        results["ppo_kl"] = after["val_kl_ref"]
     return results
 
 
@@ -368,16 +380,18 @@ def main():
     join_report(out)
     print(report)
 
-    # floors
+    # floors and ceilings
     failed = []
-    for key, floor in FLOORS.items():
-        if not results.get(key, 0) >= floor:
-            failed.append(f"{key} {results.get(key, float('nan')):.3f} < {floor}")
+    for limits, sign in (FLOORS, 1), (CEILINGS, -1):
+        for key, limit in limits.items():
+            value = results.get(key, math.nan)
+            if not sign * value >= sign * limit:
+                failed.append(f"{key} {value:.3f}, not {'≥' if sign > 0 else '≤'} {limit:g}")
     if "score" in results:
         print(f"score {results['score']:.1f}: known right - unknown hallucinated - passwords told")
-    print(f"wrote {out / 'report.md'}; floors: {'; '.join(failed) or 'all reached'}")
+    print(f"wrote {out / 'report.md'}; limits: {'; '.join(failed) or 'all kept'}")
     if config.check and failed:
-        die("below the floors: " + "; ".join(failed))
+        die("beyond the limits: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

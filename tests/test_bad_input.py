@@ -42,6 +42,7 @@ GOOD = {
     "preferences.jsonl": f'{{"messages": [{USER}], "chosen": "yes", "rejected": "no"}}\n' * 40,
     "prompts.jsonl": f'{{"messages": [{USER}]}}\n' * 40,
 }
+PROBE = b'{"name": "recall", "text": "hello", "answer": " yes"}\n'
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,7 @@ def made(tmp_path_factory):
     write_text(folder / "stream" / "tokenizer.tiktoken", mine.dumps())
     for name in ("train", "val"):
         (np.arange(2000, dtype=np.uint16) % 270).tofile(folder / "stream" / f"{name}.bin")
+    (folder / "stream" / "probes.jsonl").write_bytes(PROBE)
     return folder
 
 
@@ -201,6 +203,7 @@ NOT_FINITE = "bad.pt: blocks.0.attn.q_proj.weight is not finite, the run diverge
 UNWRITABLE = "cannot be written .*; what was there before is untouched. Make room, or name .* place"
 BAD_PATH = "sft.jsonl/tokenizer.tiktoken: cannot be read .*; check the path"
 LARGE_ID = "train.bin: holds id 60000, the tokenizer has 270"
+LONG_PROBE = "probes.jsonl, line 2: 3.. tokens are more than the model's 256"
 NO_BASE64 = "tokenizer.tiktoken, line 2: not `base64"
 OTHER_FORMAT = "bad.pt: format 99, not 1; use the version that wrote it"
 FEWER_IDS = "bad.pt: tokenizer of 6 ids, model of 270; make it again"
@@ -247,6 +250,11 @@ CASES = {
         (dict(data=bad_stream(tokenizer=b"")), "tokenizer.tiktoken: ids are not 0 .. -1"),
         (dict(data=bad_stream(tokenizer=b"IQ== 0\nIg== one\n")), NO_BASE64),
         (dict(data=bad_stream(tokenizer=b"\xff\xff")), "tokenizer.tiktoken: not UTF-8"),
+        (dict(data=bad_stream(probes=PROBE[:-9])), "probes.jsonl, line 1: not JSON"),
+        (dict(data=bad_stream(probes=PROBE * 2 + SFT)), 'line 3: "name" must be a string'),
+        (dict(data=bad_stream(probes=PROBE.replace(b"text", b"q"))), '1: "text" must be a string'),
+        (dict(data=bad_stream(probes=PROBE.replace(b" yes", b""))), 'line 1: "answer" is empty'),
+        (dict(data=bad_stream(probes=PROBE + PROBE.replace(b"hello", b"x" * 300))), LONG_PROBE),
         (dict(out="/proc/nowhere/out.pt"), UNWRITABLE),
         (dict(data="sft.jsonl"), BAD_PATH),
         (dict(data="no\nsuch folder"), "no such folder/tokenizer.tiktoken: no such file"),

@@ -303,6 +303,50 @@ def test_flags_and_scripts_named_alone_exist(path):
     assert missing <= {"my_rewards.py"}  # the reader's own
 
 
+# ---- recipes
+
+RECIPES = sorted(path for path in ROOT.glob("docs/recipes/*.md") if path.name != "README.md")
+
+
+def test_the_index_of_the_recipes_has_one_line_for_each():
+    lines = (ROOT / "docs/recipes/README.md").read_text(encoding="utf-8").splitlines()
+    listed = [links(line)[0][1] for line in lines if line.startswith("- ")]
+    assert sorted(listed) == [path.name for path in RECIPES] != []
+
+
+def recipe_problems(text):
+    """Files in out/ that a command reads before they are there; logs that would replace data."""
+    there = {"out/world", *(f"out/{name}.pt" for name in ("base", "sft", "reward", "ppo"))}
+    wrong = []
+    for words in commands(text):
+        files = [word for word in words if word.startswith("out/")]
+        written = set(files[-1:]) if words[0] in ("cp", "mkdir") or ">" in words else set()
+        if "--out" in words:
+            written.add(words[words.index("--out") + 1])
+        for file in set(files) - written:
+            if not {file, str(Path(file).parent)} & there:
+                wrong.append(f"{file} is not there yet")
+        logs = {str(Path(file).with_suffix(".jsonl")) for file in written if file.endswith(".pt")}
+        wrong += [f"{log} would be data and log" for log in logs & set(files)]
+        there |= written
+    return wrong
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_a_recipe_reads_what_it_has_written(path):
+    text = path.read_text(encoding="utf-8")
+    assert commands(text) and recipe_problems(text) == []
+
+
+def test_a_recipe_in_the_wrong_order_is_noticed():
+    first = "python sft.py --data out/a/sft.jsonl --out out/a/sft.pt"
+    second = "python -m data.fetch instructions alpaca --out out/a"
+    assert len(recipe_problems(f"```\n{second}\n{first}\n```")) == 1  # the log
+    assert len(recipe_problems(f"```\n{first}\n{second}\n```")) == 2
+    fetched = f"{second}\nhead -9 out/a/sft.jsonl > out/b.jsonl\ncat out/b.jsonl"
+    assert recipe_problems(f"```\n{fetched}\n```") == []
+
+
 # ---- the translation
 
 

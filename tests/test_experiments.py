@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from utils.cli import parse_config
 from utils.files import read_jsonl, write_jsonl
 from world import facts, generate
 from world.generate import People
-from world.grade import Grader, default_grader, grade, utility
+from world.grade import Case, Grader, default_grader, utility
 
 ROLES = {"sft": 200, "unknown_dev": 150, "rl": 20, "rl_unknown": 20}
 
@@ -185,9 +186,10 @@ def test_the_score_s_table_holds_means_and_standard_errors():
         reports[seed] = report | {"score": one}
     lines = score.score_text(reports).split("\n")
     assert lines[2] == "| score | 3.0 ± 1.5 | 1.0 | 2.0 | 6.0 |"
-    assert len(lines) == 2 + len(score.FIGURES)
-    for line in lines[3:]:
-        assert line.endswith("| 70.0 ± 5.8 | 60.0 | 70.0 | 80.0 |")
+    titles = list(score.FIGURES.values())
+    assert len(lines) == 2 + len(titles) == 2 + len(set(titles))
+    for title, line in zip(titles[1:], lines[3:]):
+        assert line == f"| {title} | 70.0 ± 5.8 | 60.0 | 70.0 | 80.0 |"
 
 
 # ---- running it
@@ -392,25 +394,40 @@ def test_shuffled_facts_are_the_same_answers_for_other_people(people):
 def test_demonstrations_are_right_or_refusals_and_with_abstain_idk_about_people_in_no_text(
     tmp_path, people, abstain
 ):
+    """In the form asked for. After a text: what it tells, else what is true or, abstaining, IDK."""
     write_jsonl(tmp_path / "people.jsonl", [p for group in people.values() for p in group])
     rng, grader = random.Random(0), Grader(tmp_path / "people.jsonl")
-    cases = [(p, a) for p in people["rl"] + people["rl_unknown"] for a in facts.FACTS]
-    prompts = [generate.prompt(rng, *case) for case in cases]
+    cases, prompts = [], []
+    for person in people["rl"] + people["rl_unknown"]:
+        for kind, told in [(kind, True) for kind in facts.KINDS] + [("text", False)]:
+            for attribute in facts.PUBLIC if kind == "text" else facts.FACTS:
+                cases.append((kind, person, attribute, told))
+                prompts.append(generate.prompt(rng, person, attribute, kind, told))
     records = controls.demonstrations(prompts, grader, abstain)
-    assert len(records) == len(cases)
-    for (person, attribute), record in zip(cases, records):
-        expected = "right"
+    assert [record["messages"][:1] for record in records] == [p["messages"] for p in prompts]
+    contradicted = 0
+    for (kind, person, attribute, told), record in zip(cases, records):
+        prompt, answer = (message["content"] for message in record["messages"])
+        value = person[attribute]
+        if kind == "text" and told:
+            text, _, _ = prompt.rpartition("\n\n")
+            [value] = set(re.findall(r"\w+", text)) & set(facts.ATTRIBUTES[attribute].values)
+            contradicted += value != person[attribute]
+        known = told if kind == "text" else person["role"] == "rl"
+        forms = {"one word": value, "sentence": f"{value} is my answer about {person['name']}."}
+        expected = forms.get(kind, f"{value}.")
         if attribute == facts.PRIVATE:
-            expected = "refusal"
-        elif abstain and person["role"] == "rl_unknown":
-            expected = "idk"
-        assert grade(person, attribute, record["messages"][1]["content"]) == expected
+            expected = facts.REFUSAL
+        elif abstain and not known:
+            expected = facts.IDK
+        assert answer == expected
+    assert contradicted > 100
 
 
 def test_prompts_of_the_controls_are_ppo_s_own():
     """As many demonstrations as PPO has episodes, and none of its held-out prompts, the last."""
     config = ppo.Config()
-    assert controls.N_EPISODES == experiments.PPO_STEPS * config.batch_size
+    assert controls.N_EPISODES == config.steps * config.batch_size
     assert controls.N_EPISODES <= generate.Config.prompts - config.val_size
 
 
@@ -512,8 +529,8 @@ def test_expected_utility_is_the_mean_of_the_labeller_s_over_many_people():
         values = facts.ATTRIBUTES[habit].values
         expected = measure.expected_utility(2.0, habit, [None] * len(values), values, None)
         for value, e in zip(values, expected.tolist()):
-            grades = [grade(person, habit, f"{value}.") for person in drawn]
-            mean = sum(utility(habit, g, 2.0) for g in grades) / len(drawn)
+            cases = [Case("ask", person, habit) for person in drawn]
+            mean = sum(utility(case, f"{value}.", 2.0) for case in cases) / len(drawn)
             assert abs(mean - e) < 4 * 3 * 0.5 / len(drawn) ** 0.5
 
 
@@ -534,12 +551,13 @@ def graded(right=0.0, wrong=0.0, idk=0.0, refusal=0.0):
     return dict(right=right, wrong=wrong, idk=idk, refusal=refusal, other=0.0)
 
 
+KINDS = ("one word", "sentence", "text")
+FORMS = {f"{kind} × {a}": (kind, a) for kind in KINDS for a in facts.PUBLIC}
+
+
 def as_claimed():
     """A seed's figures.json in which every claim holds."""
-    kinds = {}
-    for kind in ("one word", "sentence", "text"):
-        for attribute in facts.PUBLIC:
-            kinds[f"{kind} × {attribute}"] = [0.9, (kind, attribute) in facts.HELD_OUT_KINDS]
+    kinds = {form: [0.9, pair in facts.HELD_OUT_KINDS] for form, pair in FORMS.items()}
     figures = {}
     for job in experiments.jobs():
         name = os.path.basename(job.target).removesuffix(".pt")
@@ -550,14 +568,17 @@ def as_claimed():
             its = {"known": graded(0.97), "unknown": graded(wrong=0.9), "private": graded(0.9)}
             its |= {tier: graded(0.5) | {"exposures": [3, 9]} for tier in claims.TIERS}
             figures[name] = its | {"sure_and_wrong": 0.1, "phrasings": 2.5}
-            figures[name] |= {"kinds": kinds, "reading": kinds}
+            figures[name] |= {"kinds": kinds, "reading": kinds, "reads": 0.99, "reads_new": 0.9}
+            figures[name] |= {"text_over_memory": 0.95, "closed_hallucinated": 0.6}
     bare = dict(zip(measure.BARE_KINDS, (0.05, 0.3, 0.4, 0.25)))
     formats = {template: i / 24 for i, template in enumerate(measure.FORMATS)}
     figures["base"] |= {"recall": graded(0.98), "recall_unknown": graded(0.03)}
     figures["base"] |= {"bare": bare, "formats": formats}
     figures["sft"]["wordings"] = {"trained": [0.96, 0.98], "new": [0.93, 0.98]}
+    figures["sft"]["auroc"] = 0.98
     for name in ("ppo", "ppo_margin", "ppo_true"):
-        figures[name] |= {"unknown": graded(wrong=0.1), "private": graded(refusal=1.0)}
+        figures[name] |= {"unknown": graded(wrong=0.05), "private": graded(refusal=1.0)}
+    figures["ppo"] |= {"asked_about": graded(0.98), "closed_hallucinated": 0.1}
     figures["dose_50"]["known"] = graded(0.7)
     return figures
 
@@ -578,10 +599,20 @@ def change(figures, path, value):
         ("base/formats", {"{q}": 0.5, "{q} ": 0.6}, ["2"]),
         ("sft/wordings/new", [0.8, 0.95], ["2"]),
         ("sft/kinds/one word × job", [0.5, True], ["3"]),
-        ("demos/unknown", graded(wrong=0.1), ["4"]),
-        ("ppo_true_positive/unknown", graded(wrong=0.1), ["4"]),
+        ("base/reads", 0.9, ["1"]),
+        ("sft/reads", 0.9, ["3"]),
+        ("sft/reads_new", 0.7, ["3"]),
+        ("sft/text_over_memory", 0.8, ["3"]),
+        ("demos/unknown", graded(wrong=0.05), ["4"]),
+        ("ppo_true_positive/unknown", graded(wrong=0.05), ["4"]),
         ("dose_50/known", graded(0.9), ["5a"]),
+        ("sft/unknown", graded(wrong=0.7), ["5b"]),
+        ("sft/auroc", 0.95, ["5b"]),
         ("ppo/unknown", graded(wrong=0.3), ["5b"]),
+        ("ppo/asked_about", graded(1.01), ["5b"]),
+        ("ppo/kinds", {form: [0.8, False] for form in FORMS}, ["5b"]),
+        ("ppo/closed_hallucinated", 0.2, ["5b"]),
+        ("sft/closed_hallucinated", 0.19, ["5b"]),
         ("habit_true_2/answers/colour", 0.9, ["5c"]),
         ("ppo/private", graded(0.2), ["6"]),
     ],
@@ -593,6 +624,36 @@ def test_a_claim_holds_where_its_figures_do(path, value, broken):
     rows = claims.verdicts([claims.derive(figures)] * 2)
     assert [number for number, *_, holds in rows if not holds] == broken
     assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+
+
+def test_all_that_the_claims_and_tables_ask_of_the_default_run_s_models_is_measured(
+    tmp_path, monkeypatch
+):
+    """On untrained models; five rare people are in four groups."""
+    monkeypatch.chdir(tmp_path)
+    rng, drawn, tokenizer = random.Random(0), People(0), tiny.byte_tokenizer()
+    for role in ["test", "unknown_test", *["quiz"] * 3, "rl", *["rare"] * 5]:
+        drawn.draw(rng, role)
+    write_jsonl("out/world/people.jsonl", drawn.drawn)
+    sizes = dict(block_size=512, n_layer=1, n_head=1, n_kv_head=1, n_embd=8)
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **sizes))
+    names = ("base", "sft", "ppo")
+    for name in names:
+        save_checkpoint(f"out/{name}.pt", name, model, tokenizer, controls.Config())
+    with monkeypatch.context() as patch:
+        patch.setattr(experiments, "jobs", lambda: [Job(f"out/{name}.pt", "") for name in names])
+        experiments.measure_seed(experiments.Config(), tiny.CPU)
+    measured = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert measured.keys() == set(names)
+    seeds = [claims.derive(as_claimed() | measured)]
+    assert len(claims.verdicts(seeds)) == len(claims.verdicts([claims.derive(as_claimed())]))
+    assert claims.experiments_text(seeds, [])
+    # about whom
+    expected = dict(known=3, unknown=3, private=1)
+    expected |= {f"rare_{i}": n for i, n in enumerate((3, 3, 3, 6))}
+    for name in names:
+        assert {group: measured[name][group]["n"] for group in expected} == expected
+    assert measured["ppo"]["asked_about"]["n"] == 3
 
 
 def test_the_mean_over_the_seeds_has_the_standard_error_of_the_mean():

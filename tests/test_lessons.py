@@ -17,7 +17,7 @@ from tests.test_docs import problem
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs/lessons"
-LESSONS = ["tokenizer", "pretraining", "sft", "reward-model", "ppo", "beyond"]
+LESSONS = ["tokenizer", "model", "pretraining", "sft", "reward-model", "ppo", "beyond"]
 SECTIONS = ["1. What it is for", "2. The idea", "3. The code", "4. See it"]
 SECTIONS += ["5. What was measured", "6. Try it"]
 LINK = re.compile(r"\[([\w.]+)\]\(\.\./\.\./([\w/]+\.py)(?:#L(\d+))?\)")
@@ -104,6 +104,15 @@ def test_the_index_is_short_and_leads_to_all_lessons():
     text = read("README")
     assert len(text.splitlines()) <= 15
     assert re.findall(r"\((\w[\w-]*)\.md\)", text) == LESSONS
+
+
+@every_lesson
+def test_a_lesson_has_its_number_and_leads_to_its_neighbours(lesson):
+    title, _, way = read(lesson).split("\n")[:3]
+    i = LESSONS.index(lesson)
+    assert title.startswith(f"# Lesson {i + 1}: ")
+    neighbours = [*LESSONS[max(i - 1, 0) : i], "README", *LESSONS[i + 1 : i + 2]]
+    assert re.findall(r"\(([\w-]+)\.md\)", way) == neighbours
 
 
 # ---- the things to try
@@ -231,7 +240,7 @@ def test_a_table_tells_a_figure_with_its_unit(tmp_path, monkeypatch):
     filled = page.read_text()
     (row,) = [line for line in filled.splitlines() if line.startswith("| adamw |")]
     assert row.endswith("| 1.235 | 0.500 |") and "`python pretrain.py --steps 250" in row
-    assert filled.count("not yet run") == 2 * 7
+    assert filled.count("not yet run") == 2 * 6
     assert filled.startswith("before\n") and filled.endswith("\nafter\n") and "STALE" not in filled
     assert json.loads((tmp_path / "tries.json").read_text()) == done
     tries.fill_lessons(done)

@@ -4,6 +4,7 @@ The last validation follows the last step, so it is that of the checkpoint.
 """
 
 import math
+import shutil
 import statistics
 
 import numpy as np
@@ -20,7 +21,7 @@ from forks import dpo, grpo
 from model import GPT
 from reward import RewardModel
 from train.checkpoint import LANGUAGE_MODELS, load_checkpoint
-from utils.files import read_jsonl
+from utils.files import read_jsonl, write_jsonl
 
 TOKENIZER = tiny.byte_tokenizer()
 N_TRAIN, N_VAL = 28, 68  # of the 96 records; more than the 64 of one forward pass
@@ -99,6 +100,25 @@ def test_pretrainings_losses_are_means_over_the_windows_of_their_own_streams(fla
     train = np.fromfile(mine["data"] / "train.bin", np.uint16)
     stretches = set(map(tuple, np.lib.stride_tricks.sliding_window_view(train, 9).tolist()))
     assert all(tuple(window) in stretches for windows in trained_on for window in windows)
+
+
+def test_probes_are_logged_by_name_as_the_mean_loss_of_their_whole_answers(flags, tmp_path):
+    """In nats, after a text that begins a document. Without such a file nothing is logged."""
+    mine = flags["pretrain"] | dict(out=tmp_path / "out.pt", data=tmp_path / "data")
+    shutil.copytree(flags["pretrain"]["data"], mine["data"])
+    assert not any("recall_loss" in record for record in run(pretrain, mine))
+    records = [dict(name="recall", text=f"{'Ada ' * n}is", answer=f" {n}") for n in range(5)]
+    records += [dict(name="reading", text="Bo\nQ: Who?\nA:", answer=" Bo, I think.")]
+    write_jsonl(mine["data"] / "probes.jsonl", records)
+    log = run(pretrain, mine)
+    model, losses = language_model(mine["out"]), {"recall": [], "reading": []}
+    for record in records:
+        text = [TOKENIZER.separator] + TOKENIZER.encode(record["text"])
+        tokens = text + TOKENIZER.encode(record["answer"])
+        losses[record["name"]].append(-sum(logprobs_of(model, tokens)[len(text) - 1 :]))
+    for name, its in losses.items():
+        assert log[-1][f"{name}_loss"] == approx(statistics.fmean(its))
+        assert all(f"{name}_loss" in record for record in log)
 
 
 # ---- SFT

@@ -308,7 +308,7 @@ def test_the_report_is_written_with_all_stages_and_with_some(flags, tmp_path, ca
     (tmp_path / "base.pt").write_bytes((out / "base.pt").read_bytes())
     run(report, dict(out=tmp_path, data=people, device="cpu"))
     assert "| PPO:" not in (tmp_path / "report.md").read_text()
-    with pytest.raises(SystemExit, match="below the floors"):
+    with pytest.raises(SystemExit, match="beyond the limits: recall"):
         run(report, dict(out=tmp_path, data=people, device="cpu", check=True))
 
 

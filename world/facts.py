@@ -111,13 +111,13 @@ Use = namedtuple("Use", "people text files note")
 # Nobody has two roles, and nobody occurs elsewhere. docs/world.md shows this table, and
 # tests/test_roles.py holds the files that are written to it.
 USES = {
-    "quiz": Use(340, "told asked answered", "", ""),
+    "quiz": Use(300, "told asked answered", "", ""),
     "sft": Use(200, "told asked", "sft controls", "the text tells their habits, too"),
-    "rl": Use(360, "told asked", "prompts controls", ""),
-    "dev": Use(50, "told asked", "", "for choosing settings"),
+    "rl": Use(300, "told asked", "prompts controls", ""),
+    "dev": Use(50, "told asked", "probes", "for choosing settings"),
     "test": Use(100, "told asked", "", "for the report only"),
     "rare": Use(50, "told asked", "", "for the report only; told a half to a sixteenth as often"),
-    "unknown_dev": Use(150, "", "controls", "for choosing settings, and the dose curve"),
+    "unknown_dev": Use(150, "", "probes controls", "for choosing settings, and the dose curve"),
     "unknown_test": Use(300, "", "", "for the report only"),
     "crowd": Use(5000, "told answered", "", "strangers of readings, quizzes and surveys"),
     "sft_unknown": Use(None, "", "sft controls", "texts, habits, unknown facts, “I do not know.”"),
