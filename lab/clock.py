@@ -2,10 +2,12 @@
 
     python -m lab.clock                    # what each seed of out/score took in them
 
-A reference step is one of PyTorch's own modules, on one thread: it stays the same whatever is
-changed in this project. An entry's time is the sum over its jobs, of one thread each.
+A reference step trains one of PyTorch's own modules on one thread, in the stages' precision: it
+stays the same whatever model or optimizer an entry has. An entry's time is the sum over its jobs,
+of one thread each.
 """
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -14,11 +16,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lab.experiments import default_run, read_times
+from lab.experiments import default_run, needs, read_times
 from train.device import autocast
 from utils.cli import die, parse_config
 
-VOCABULARY, WIDTH, BATCH, LENGTH = 2048, 256, 32, 128
+VOCABULARY, WIDTH, BATCH, LENGTH = 2048, 256, 8, 128
 
 
 @dataclass
@@ -27,41 +29,57 @@ class Config:
     seed: int = 0  # of the step's weights and tokens
 
 
-def reference_step():
-    """A function: one training step of a small transformer with fixed sizes."""
-    embed = nn.Embedding(VOCABULARY, WIDTH)
-    layer = nn.TransformerEncoderLayer(
-        WIDTH, nhead=4, dim_feedforward=4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True
-    )
-    body = nn.TransformerEncoder(layer, num_layers=4, enable_nested_tensor=False)
-    head = nn.Linear(WIDTH, VOCABULARY)
-    parameters = [*embed.parameters(), *body.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters)
-    causal = nn.Transformer.generate_square_subsequent_mask(LENGTH)  # (T, T)
-    windows = torch.randint(VOCABULARY, (BATCH, LENGTH + 1))  # (B, T+1)
+class Reference(nn.Module):
+    """A small transformer of fixed sizes. Of (B, T+1) tokens the loss."""
 
-    def step():
-        with autocast(torch.device("cpu")):
-            hidden = body(embed(windows[:, :-1]), causal, is_causal=True)  # (B, T, C)
-            loss = F.cross_entropy(head(hidden).flatten(0, 1), windows[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        sizes = dict(nhead=4, dim_feedforward=4 * WIDTH, dropout=0.0)
+        layer = nn.TransformerEncoderLayer(WIDTH, batch_first=True, norm_first=True, **sizes)
+        self.body = nn.TransformerEncoder(layer, num_layers=4, enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.causal = nn.Transformer.generate_square_subsequent_mask(LENGTH)  # (T, T)
 
-    return step
+    def forward(self, tokens):
+        hidden = self.body(self.embed(tokens[:, :-1]), self.causal, is_causal=True)  # (B, T, C)
+        return F.cross_entropy(self.head(hidden).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def reference_step(model, optimizer, tokens):
+    with autocast(torch.device("cpu")):
+        loss = model(tokens)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def step_seconds(repetitions=15):
     """The median of a reference step on one thread, after two that warm up."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    step, seconds = reference_step(), []
+    model = Reference()
+    optimizer = torch.optim.AdamW(model.parameters())
+    tokens = torch.randint(VOCABULARY, (BATCH, LENGTH + 1))  # (B, T+1)
+    times = []
     for _ in range(2 + repetitions):
         start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
+        reference_step(model, optimizer, tokens)
+        times.append(time.perf_counter() - start)
     torch.set_num_threads(threads)
-    return statistics.median(seconds[2:])
+    return statistics.median(times[2:])
+
+
+# ---- what jobs took
+
+
+def needed(target, plan):
+    """The targets that are made on the way to this one, itself included."""
+    targets = {target}
+    for job in reversed(plan):  # what a job needs stands before it
+        if job.target in targets:
+            targets |= set(needs(job, plan))
+    return targets
 
 
 def seconds_by_seed(times, targets):
@@ -75,6 +93,12 @@ def seconds_by_seed(times, targets):
         if all((seed, target) in latest for target in targets):
             result[seed] = sum(latest[seed, target] for target in targets)
     return result
+
+
+def mean_seconds(times, targets):
+    """Over the seeds whose jobs' times are all there; nan if none are."""
+    by_seed = seconds_by_seed(times, targets)
+    return statistics.mean(by_seed.values()) if by_seed else math.nan
 
 
 def main():

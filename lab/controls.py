@@ -27,7 +27,6 @@ N_HABITS = 3000  # demonstrations; with fewer, how often it abstains depends on 
 SIZES = [100, 300, 1000]  # of the SFT size curve, beside all
 DOSES = [0, 25, 50, 75]  # percent of unknown facts
 BEST_OF = 4
-BEST_OF_FILE = "out/world/controls/best_of.jsonl"
 # What a wrong answer costs: the reward function.
 PENALTIES = {1: "true_reward", 2: "true_reward_2", 4: "true_reward_4"}
 
@@ -35,7 +34,6 @@ PENALTIES = {1: "true_reward", 2: "true_reward_2", 4: "true_reward_4"}
 @dataclass
 class Config:
     data: str = "out/world"  # folder of the world
-    episodes: int = N_EPISODES  # of PPO: how many prompts the demonstrations answer
     seed: int = 0  # wordings
 
 
@@ -108,11 +106,11 @@ def habit_answers(rng, people, abstain=0.3):
 # ---- by the models of the current folder
 
 
-def best_of(device, reward="out/reward.pt", episodes=N_EPISODES, out=BEST_OF_FILE):
+def best_of(device, reward="out/reward.pt", out="out/world/controls/best_of.jsonl"):
     """Demonstrations by the SFT model: of BEST_OF samples a prompt the one that scores highest."""
     model, tokenizer = load_checkpoint("out/sft.pt", ["sft"], GPT, device)
     reward_model, _ = load_checkpoint(reward, ["reward"], RewardModel, device)
-    prompts = read_jsonl("out/world/prompts.jsonl")[: episodes // BEST_OF]
+    prompts = read_jsonl("out/world/prompts.jsonl")[: N_EPISODES // BEST_OF]
     records = []
     for start in range(0, len(prompts), 64):
         batch = [record["messages"] for record in prompts[start : start + 64]]
@@ -150,9 +148,7 @@ def main():
     folder, rng = Path(config.data), random.Random(config.seed)
     roles = by_role(read_people(folder / "people.jsonl"))
     sft = read_jsonl(folder / "sft.jsonl")
-    prompts = read_jsonl(folder / "prompts.jsonl")[
-        : config.episodes
-    ]  # PPO holds out the file's end
+    prompts = read_jsonl(folder / "prompts.jsonl")[:N_EPISODES]  # PPO holds out the file's end
     grader = Grader(folder / "people.jsonl")
 
     shuffled = shuffled_facts(rng, roles["sft"])

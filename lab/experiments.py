@@ -69,8 +69,8 @@ def sft_job(name, flags="", init="base"):
     return Job(f"out/{name}.pt", command, (f"{CONTROLS}/done",))
 
 
-def reward_job(name, init, data):
-    command = f"reward --init out/{init}.pt --data {data} --out out/{name}.pt"
+def reward_job(name, init, data, flags=""):
+    command = f"reward --init out/{init}.pt --data {data} --out out/{name}.pt {flags}"
     return Job(f"out/{name}.pt", command)
 
 

@@ -1,36 +1,32 @@
-"""Why the KL penalty: PPO long after its score is won, with every beta and with weak reward models.
+"""Why the KL penalty: PPO long after its score is won, over beta, and against weak reward models.
 
-    python -m lab.kl                     # seeds 0, 1, 2, two jobs at a time: out/kl/kl.md, kl.png
-    python -m lab.kl --betas "0 0.05"    # fewer of them
+    python -m lab.kl                     # seeds 0, 1, 2, two jobs at a time: out/kl/
 
 The seeds' folders are those of lab.score, whose SFT checkpoints and reward models are used.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import ppo
 from lab import plots
-from lab.claims import over_seeds, shown
+from lab.claims import line, over_seeds
 from lab.experiments import PAIRS, Job, default_run, reward_job, run_jobs
 from lab.measure import table
 from lab.score import read_seeds
-from utils.cli import die, parse_config
+from utils.cli import parse_config
 from utils.files import read_jsonl, write_text
 
-FEW = 500  # comparisons of the weak reward model
-REWARDS = {
-    "reward": "the default reward model",
-    f"reward_{FEW}": f"a reward model of {FEW} pairs",
-    "reward_plain": "a reward model with the plain head",
-}
+WEAK = {"reward_few": "a reward model of 500 pairs", "reward_plain": "one with the plain head"}
+PARTS = {"asked": "people asked about", "test": "test people", "forms": "forms"}
+FIGURES = ["learned", "true", "KL", "entropy", "phrasings", "malformed"]
+FIGURES += [f"{part} {grade}" for part in PARTS for grade in ("right", "hallucinated")]
 
 
 @dataclass
 class Config:
     seeds: str = "0 1 2"  # the worlds, and the seeds of all stages
-    betas: str = "0 0.01 0.05 0.2 0.5"  # weights of the KL penalty
+    betas: tuple = ("0", "0.01", "0.05", "0.2", "0.5")  # weights of the KL penalty
     steps: int = 200  # PPO's iterations
     out: str = "out/kl"  # folder of the table and the picture
     runs: str = "out/score"  # a folder for each seed, as of lab.score
@@ -38,23 +34,19 @@ class Config:
 
 
 def runs(config):
-    """{name: (reward model, beta)}; weak reward models meet no penalty and the default one."""
-    try:
-        pairs = {("reward", float(beta)) for beta in config.betas.split()}
-    except ValueError:
-        die(f'--betas "{config.betas}": give numbers, such as "0 0.05"')
-    pairs |= {(reward, beta) for reward in REWARDS for beta in (0.0, ppo.Config.beta)}
-    return {f"kl_{r}_{beta:g}_{config.steps}": (r, f"{beta:g}") for r, beta in sorted(pairs)}
+    """{name: (reward model, beta)}; the weak reward models meet no penalty and the default one."""
+    pairs = [("reward", beta) for beta in config.betas]
+    pairs += [(reward, beta) for reward in WEAK for beta in ("0", f"{ppo.Config.beta:g}")]
+    return {f"kl_{reward}_{beta}_{config.steps}": (reward, beta) for reward, beta in pairs}
 
 
 def jobs(config):
     """The plan of one seed."""
-    few = PAIRS.replace(".jsonl", f"_{FEW}.jsonl")
     plan = [job for job in default_run() if job.target != "out/ppo.pt"]
-    plan.append(Job(few, f"world.label --init out/sft.pt --out {few} --pairs {FEW}"))
-    plan.append(reward_job(f"reward_{FEW}", "sft", few))
-    plain = reward_job("reward_plain", "sft", PAIRS)
-    plan.append(plain._replace(command=f"{plain.command} --no-logprob_term"))
+    few = PAIRS.replace(".jsonl", "_few.jsonl")
+    plan.append(Job(few, f"world.label --init out/sft.pt --out {few} --pairs 500"))
+    plan.append(reward_job("reward_few", "sft", few))
+    plan.append(reward_job("reward_plain", "sft", PAIRS, "--no-logprob_term"))
     for name, (reward, beta) in runs(config).items():
         flags = f"--reward out/{reward}.pt --beta {beta} --steps {config.steps}"
         command = f"lab.watched --init out/sft.pt --out out/{name}.pt {flags}"
@@ -62,138 +54,92 @@ def jobs(config):
     return plan
 
 
-# ---- what came out: {run: {iteration: figures}} of each seed
-
-
 def read_curve(path):
-    """{iteration: what was measured then}; learned and gold in deviations of SFT's answers."""
-    records = {record["step"]: dict(record) for record in read_jsonl(path) if "gold" in record}
-    first = records[0]
-    for record in records.values():
-        record["learned"] = record["val_score"] - first["val_score"]
-        record["true"] = (record["gold"] - first["gold"]) / first["gold_sd"]
-        record["root_kl"] = math.sqrt(max(record["val_kl_ref"], 0.0))
-    return records
+    """{iteration: what lab.watched measured then}, with both scores as gains over SFT's."""
+    curve = {str(record["step"]): record for record in read_jsonl(path) if "gold" in record}
+    for record in curve.values():
+        record["learned"] = record["val_score"] - curve["0"]["val_score"]
+        record["true"] = record["gold"] - curve["0"]["gold"]
+        record["KL"], record["entropy"] = record["val_kl_ref"], record["val_entropy"]
+        record["√KL"] = max(record["KL"], 0.0) ** 0.5  # an estimate, which can be below 0
+    return curve
 
 
 def series(seeds, name, key):
-    """(iterations, means, standard errors) of a figure over a run."""
-    steps = list(seeds[0][name])
-    pairs = [over_seeds([seed[name][step] for seed in seeds], key) for step in steps]
-    return steps, *map(list, zip(*pairs))
-
-
-def overoptimized(seeds, name):
-    """(iteration, learned, true) of a run's end: how much they rose since the true score's peak.
-
-    Learned and true are (mean, standard error) over the seeds; the peak is that of the mean.
-    """
-    steps, means, _ = series(seeds, name, "true")
-    peak, end = steps[means.index(max(means))], steps[-1]
-    rises = []
-    for key in ("learned", "true"):
-        differences = [{"rise": s[name][end][key] - s[name][peak][key]} for s in seeds]
-        rises.append(over_seeds(differences, "rise"))
-    return peak, *rises
-
-
-COLUMNS = {"learned": "learned score", "true": "true score", "val_kl_ref": "KL"}
-COLUMNS |= {"val_entropy": "entropy", "phrasings": "phrasings"}
-PERCENTS = {"malformed": "malformed", "asked_right": "people asked about: right"}
-PERCENTS |= {"asked_hallucinated": "… hallucinated", "test_right": "test people: right"}
-PERCENTS |= {"test_hallucinated": "… hallucinated", "forms_right": "forms: right"}
-PERCENTS["forms_hallucinated"] = "… hallucinated where the text does not tell"
+    """(means, standard errors) of a figure over a run."""
+    return zip(*[over_seeds(seeds, f"{name}/{step}/{key}") for step in seeds[0][name]])
 
 
 def kl_text(seeds, config):
-    """kl.md"""
     rows, falls = [], []
     for name, (reward, beta) in runs(config).items():
-        ends = [list(seed[name].values())[-1] for seed in seeds]
-        cells = ["{:.2f} ± {:.2f}".format(*over_seeds(ends, key)) for key in COLUMNS]
-        cells += [shown(*over_seeds(ends, key)) for key in PERCENTS]
-        rows.append([REWARDS[reward], beta, *cells])
-        peak, learned, true = overoptimized(seeds, name)
-        occurs = learned[0] > 2 * learned[1] and true[0] < -2 * true[1]
-        cells = ["{:+.2f} ± {:.2f}".format(*rise) for rise in (learned, true)]
-        falls.append([REWARDS[reward], beta, peak, *cells, "yes" if occurs else "no"])
-    header = ["reward", "β", *COLUMNS.values(), *PERCENTS.values()]
-    columns = ["reward", "β", "true score's peak: iteration", "learned since", "true since"]
+        end, row = f"{name}/{config.steps}", [WEAK.get(reward, "the default one"), beta]
+        cells = ["{:.2f} ± {:.2f}".format(*over_seeds(seeds, f"{end}/{key}")) for key in FIGURES]
+        rows.append(row + cells)
+        peak = max(seeds[0][name], key=lambda step: over_seeds(seeds, f"{name}/{step}/true")[0])
+        learned, learned_se = over_seeds(seeds, f"{end}/learned", f"{name}/{peak}/learned")
+        true, true_se = over_seeds(seeds, f"{end}/true", f"{name}/{peak}/true")
+        occurs = len(seeds) > 1 and learned > 2 * learned_se and true < -2 * true_se
+        cells = [f"{learned:+.2f} ± {learned_se:.2f}", f"{true:+.2f} ± {true_se:.2f}"]
+        falls.append([*row, peak, *cells, "yes" if occurs else "no"])
+    columns = ["true score's peak: iteration", "learned since", "true since", "overoptimized"]
     return f"""\
 # Why the KL penalty
 
-PPO over {config.steps} iterations from the SFT checkpoint, {len(seeds)} seeds, mean ± standard
-error. Scores: of PPO's held-out prompts, above SFT's and in standard deviations of SFT's answers;
-the true one is the labeller's utility. KL in nats a response, entropy in nats a token, the rest in
-percent.
+{config.steps} iterations, {len(seeds)} seeds, mean ± standard error. Scores are gains over SFT on
+held-out prompts, in SFT's standard deviations and in the labeller's utility (right 1, IDK 0, wrong
+-1; without end {ppo.Config.missing_eos_score:g}). KL in nats a response, entropy in nats a token,
+right phrasings in 8 samples, fractions: asked about by PPO, test people, instructions about them.
 
-{table(header, rows)}
+{table(["reward model", "β", *FIGURES], rows)}
 
-Overoptimization: the learned score rose and the true one fell since the true one's peak, each by
-more than two standard errors.
+![the same over the iterations, and the scores over the root of the KL](kl.png)
 
-{table([*columns, "overoptimized"], falls)}
+Overoptimized: since its peak the true score fell while the learned one rose, each by more than two
+standard errors. The peak is the highest of several noisy means: a small fall can be chance.
 
-![learned and true score against the root of the KL; what each beta loses](kl.png)
+{table(["reward model", "β", *columns], falls)}
 """
-
-
-# ---- the picture
-
-PARTS = {"asked": "people asked about", "test": "test people", "forms": "test people, forms"}
-COLORS = [plots.VERMILION, plots.ORANGE, plots.GREEN, plots.SKY, plots.BLUE, plots.PINK]
 
 
 def draw(seeds, config, path):
     """Means over the seeds; bars are standard errors."""
-    figure, axes = plots.new_figure(2, 2, width=9, height=7.5)
-    by_beta = {beta: name for name, (reward, beta) in runs(config).items() if reward == "reward"}
-    weak = {f"{REWARDS[r]}, β {b}": n for n, (r, b) in runs(config).items() if r != "reward"}
-    draw_scores(axes[0, 0], seeds, {f"β {beta}": name for beta, name in by_beta.items()})
-    draw_scores(axes[0, 1], seeds, weak)
-    over_steps, over_beta = axes[1]
-    for (part, title), color in zip(PARTS.items(), COLORS[::2]):
-        default = f"{ppo.Config.beta:g}"
-        for beta, style, label in ("0", "o--", None), (default, "o-", title):
-            steps, y, errors = series(seeds, by_beta[beta], f"{part}_right")
-            bars(over_steps, steps, y, errors, color, style, label)
-        for key, style, label in ("right", "o-", title), ("hallucinated", "o--", None):
-            ends = [series(seeds, name, f"{part}_{key}") for name in by_beta.values()]
-            y, errors = [means[-1] for _, means, _ in ends], [end[-1] for *_, end in ends]
-            bars(over_beta, list(by_beta), y, errors, color, style, label)
-    over_steps.set(xlabel="iteration", ylabel=f"right, %; line: β {default}, dashed: β 0")
-    over_beta.set(xlabel="β", ylabel="at the end, %; line: right, dashed: hallucinated")
-    for ax in axes.flat:
+    figure, axes = plots.new_figure(3, 5, width=15, height=8.5)
+    *over_steps, over_kl, weak_over_kl, over_beta = axes.flat
+    names = {f"kl_reward_{beta}_{config.steps}": f"β {beta}" for beta in config.betas}
+    weak = {name: f"{WEAK[r]}, β {b}" for name, (r, b) in runs(config).items() if r in WEAK}
+    for ax, key in zip(over_steps, FIGURES):
+        for (name, label), color in zip(names.items(), plots.COLORS):
+            x = [int(step) for step in seeds[0][name]]
+            ax.errorbar(x, *series(seeds, name, key), fmt="o-", color=color, label=label)
+        ax.set(title=key, xlabel="iteration")
+    for ax, its in (over_kl, names), (weak_over_kl, weak):
+        for (name, label), color in zip(its.items(), plots.COLORS):
+            x, _ = series(seeds, name, "√KL")
+            ax.errorbar(x, *series(seeds, name, "true"), fmt="o-", color=color, label=label)
+            ax.errorbar(x, *series(seeds, name, "learned"), fmt="o--", color=color)
+        ax.set(title="true score (dashed: learned)", xlabel="√KL")
+    for (part, who), color in zip(PARTS.items(), plots.COLORS):
+        for grade, style, label in ("right", "o-", who), ("hallucinated", "o--", None):
+            ends = [f"{name}/{config.steps}/{part} {grade}" for name in names]
+            line(over_beta, config.betas, seeds, label, ends, color, style)
+    over_beta.set(title="end: right, % (dashed: hallucinated)")
+    for ax in over_steps[0], over_kl, weak_over_kl, over_beta:
         ax.legend(fontsize=7)
     plots.save_figure(figure, path)
 
 
-def draw_scores(ax, seeds, names):
-    """Learned and true score of runs, {label: name}, against √KL."""
-    for (label, name), color in zip(names.items(), COLORS):
-        _, x, _ = series(seeds, name, "root_kl")
-        for key, style in ("learned", "o--"), ("true", "o-"):
-            _, y, _ = series(seeds, name, key)
-            ax.plot(x, y, style, color=color, markersize=3, label=label if key == "true" else None)
-    ax.set(xlabel="√KL to SFT", ylabel="score above SFT's; line: true, dashed: learned")
-
-
-def bars(ax, x, y, errors, color, style, label):
-    y, errors = ([100 * value for value in values] for values in (y, errors))
-    ax.errorbar(x, y, errors, fmt=style, color=color, markersize=3, label=label)
-
-
 def main():
     config = parse_config(Config, __doc__)
-    names, out = read_seeds(config.seeds), Path(config.out)
-    run_jobs(jobs(config), names, config.runs, config.workers)
+    numbers = read_seeds(config.seeds)
+    run_jobs(jobs(config), numbers, config.runs, config.workers)
     seeds = []
-    for seed in names:
-        folder = Path(config.runs, seed, "out")
-        seeds.append({name: read_curve(folder / f"{name}.jsonl") for name in runs(config)})
+    for seed in numbers:
+        logs = {name: Path(config.runs, seed, f"out/{name}.jsonl") for name in runs(config)}
+        seeds.append({name: read_curve(log) for name, log in logs.items()})
+    draw(seeds, config, Path(config.out, "kl.png"))
     text = kl_text(seeds, config)
-    draw(seeds, config, out / "kl.png")
-    write_text(out / "kl.md", text)
+    write_text(Path(config.out, "kl.md"), text)
     print(text)
 
 

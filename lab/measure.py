@@ -281,11 +281,11 @@ def scores(reward_model, prompts, responses):
 # ---- does the model know what it knows?
 
 
-def value_confidence(model, tokenizer, cases, rng):
-    """The probability of the most likely value as an answer to each (person, attribute): (N,)"""
+def value_confidence(model, tokenizer, cases, asked):
+    """The probability of the most likely value as an answer to each question asked: (N,)"""
     prompts, values = [], []
-    for person, attribute in cases:
-        prompt = chat_prompt(facts.ask(rng, person, attribute, held_out=True), tokenizer)
+    for (_, attribute), question in zip(cases, asked):
+        prompt = chat_prompt(question, tokenizer)
         for value in facts.ATTRIBUTES[attribute].values:
             prompts.append(prompt)
             values.append(tokenizer.encode(value))
@@ -302,8 +302,39 @@ def auroc(positives, negatives):
 
 def measure_auroc(model, tokenizer, known, unknown, rng):
     """How well the model's confidence tells known from unknown people."""
-    groups = [all_cases(people[:100]) for people in (known, unknown)]
-    return auroc(*[value_confidence(model, tokenizer, cases, rng) for cases in groups])
+    groups = []
+    for people in known, unknown:
+        cases = all_cases(people[:100])
+        asked = ask(rng, cases, held_out=True)
+        groups.append(value_confidence(model, tokenizer, cases, asked))
+    return auroc(*groups)
+
+
+def measure_threshold(model, tokenizer, known, unknown, rng):
+    """threshold_curve of a model's greedy answers and its confidence in them."""
+    groups = []
+    for people, wanted in (known, "right"), (unknown, "wrong"):
+        cases = all_cases(people)
+        asked = ask(rng, cases, held_out=True)
+        texts = answers(model, tokenizer, asked)
+        hits = [grade(*case, text) == wanted for case, text in zip(cases, texts)]
+        confidence = value_confidence(model, tokenizer, cases, asked).tolist()
+        groups.append(list(zip(confidence, hits)))
+    return threshold_curve(*groups)
+
+
+def threshold_curve(known, unknown):
+    """[(unknown hallucinated, known right)] of answering only from a confidence on, for each.
+
+    known, unknown: [(confidence, whether the answer is right, or hallucinated)]. Where all answers
+    about known people are right and all others hallucinated, it is the ROC curve.
+    """
+    curve = [(0.0, 0.0)]
+    for threshold in sorted({confidence for confidence, _ in known + unknown}, reverse=True):
+        right = sum(hit for confidence, hit in known if confidence >= threshold)
+        wrong = sum(hit for confidence, hit in unknown if confidence >= threshold)
+        curve.append((wrong / len(unknown), right / len(known)))
+    return curve
 
 
 # ---- what the experiments measure on every checkpoint

@@ -7,6 +7,7 @@ from utils.files import atomic
 
 BLUE, ORANGE, VERMILION = "#0072b2", "#e69f00", "#d55e00"
 GREEN, PINK, SKY = "#009e73", "#cc79a7", "#56b4e9"
+COLORS = [VERMILION, ORANGE, GREEN, SKY, BLUE, PINK]
 STYLE = {
     "font.size": 8.5,
     "axes.titlesize": 10,

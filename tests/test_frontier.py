@@ -1,10 +1,12 @@
 """The frontier and the KL study: plans, curves against closed forms, a run that is watched."""
 
+import dataclasses
 import importlib
 import json
 import math
 import random
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,16 @@ import torch
 
 import ppo
 import sft
+from data import conversation
+from data.examples import load_prompts
 from lab import clock, controls, experiments, frontier, kl, measure, score, watched
 from model import GPT, GPTConfig
 from tests.test_experiments import config_of
-from train.checkpoint import read_torch, save_checkpoint
+from train.checkpoint import load_checkpoint, read_torch, save_checkpoint
 from utils.cli import parse_config
 from utils.files import read_jsonl, write_jsonl
 from world import facts, generate, label
-from world.grade import default_grader
+from world.grade import Grader, default_grader, utility
 
 ROOT = Path(__file__).parent.parent
 PLANS = {"frontier": frontier.jobs(), "kl": kl.jobs(kl.Config())}
@@ -76,12 +80,12 @@ def frontier_contrasts():
 
 KL_CONTRASTS = [
     ("kl", "kl_reward_0_200", "kl_reward_0.5_200", "beta"),
-    ("kl", "kl_reward_0_200", "kl_reward_500_0_200", "reward"),
+    ("kl", "kl_reward_0_200", "kl_reward_few_0_200", "reward"),
     ("kl", "kl_reward_0_200", "kl_reward_plain_0_200", "reward"),
-    ("kl", "kl_reward_500_0_200", "kl_reward_500_0.05_200", "beta"),
-    ("kl", "reward", "reward_500", "data"),
+    ("kl", "kl_reward_few_0_200", "kl_reward_few_0.05_200", "beta"),
+    ("kl", "reward", "reward_few", "data"),
     ("kl", "reward", "reward_plain", "logprob_term"),
-    ("kl", "world/preferences", "world/preferences_500", "pairs"),
+    ("kl", "world/preferences", "world/preferences_few", "pairs"),
 ]
 
 
@@ -95,11 +99,11 @@ def test_two_runs_differ_in_one_flag(plan, case, control, differs):
 
 def test_a_penalty_s_runs_read_what_was_made_with_it():
     jobs = {job.target: job for job in PLANS["frontier"]}
-    for arm in frontier.arms():
-        if arm.penalty is not None:
-            needed = frontier.chain(f"out/{arm.name}.pt", PLANS["frontier"])
-            (pairs,) = [name for name in needed if name.startswith("out/world/preferences")]
-            assert config_of(jobs[pairs])[1]["penalty"] == arm.penalty
+    for name, (_, penalty) in frontier.checkpoints().items():
+        if penalty != "–":
+            needed = clock.needed(f"out/{name}.pt", PLANS["frontier"])
+            (pairs,) = [file for file in needed if file.startswith("out/world/preferences")]
+            assert config_of(jobs[pairs])[1]["penalty"] == float(penalty)
 
 
 def test_grpo_samples_as_much_as_ppo_at_its_kl_weight():
@@ -107,21 +111,14 @@ def test_grpo_samples_as_much_as_ppo_at_its_kl_weight():
     (_, one), (_, other) = (config_of(jobs[f"out/{name}.pt"]) for name in ("ppo", "grpo"))
     for flag in ("steps", "batch_size", "beta", "init", "reward", "data"):
         assert one[flag] == other[flag], flag
-    samples = {arm.samples for arm in frontier.arms() if arm.name in ("ppo", "grpo", "best_of")}
-    assert samples == {one["steps"] * one["batch_size"]}
-
-
-def test_the_demonstrations_answer_no_prompt_that_ppo_holds_out():
-    jobs = {job.target: job for job in PLANS["frontier"]}
-    _, config = config_of(jobs[f"{experiments.CONTROLS}/done"])
-    assert config["episodes"] <= generate.Config.prompts - ppo.Config.val_size
+    assert controls.N_EPISODES == one["steps"] * one["batch_size"]
 
 
 def test_what_a_way_takes_after_sft():
     plan = PLANS["frontier"]
     takes = {}
     for name in ("ppo", "dpo_0.1", "best_of_2"):
-        takes[name] = frontier.chain(f"out/{name}.pt", plan) - frontier.chain("out/sft.pt", plan)
+        takes[name] = clock.needed(f"out/{name}.pt", plan) - clock.needed("out/sft.pt", plan)
     pairs, reward = "out/world/preferences.jsonl", "out/reward.pt"
     assert takes["ppo"] == {pairs, reward, "out/ppo.pt"}
     assert takes["dpo_0.1"] == {pairs, "out/dpo_0.1.pt"}
@@ -134,17 +131,29 @@ def test_the_clock_adds_up_the_last_time_of_each_job_where_all_have_run():
     times += [dict(seed=0, target="a", seconds=1), dict(seed=1, target="a", seconds=3)]
     assert clock.seconds_by_seed(times, ["a", "b"]) == {0: 8}
     assert clock.seconds_by_seed(times, ["a"]) == {0: 1, 1: 3}
-    assert frontier.cost(times, ["a"]) == 2.0 and math.isnan(frontier.cost(times, ["c"]))
+    assert clock.mean_seconds(times, ["a"]) == 2.0
+    assert math.isnan(clock.mean_seconds(times, ["c"]))
 
 
-def test_a_reference_step_trains_a_model_of_its_own():
+def test_a_reference_step_s_loss_is_that_of_the_next_token():
+    model = clock.Reference()
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data[7] = 100.0
+    tokens = torch.full((1, clock.LENGTH + 1), 7)
+    tokens[:, 0] = 5
+    assert model(tokens).item() < 1e-6
+
+
+def test_a_reference_step_trains():
     torch.manual_seed(0)
-    step = clock.reference_step()
-    kept = [cell.cell_contents for cell in step.__closure__]
-    (embed,) = [part for part in kept if isinstance(part, torch.nn.Embedding)]
-    before = embed.weight.clone()
-    step()
-    assert not torch.equal(embed.weight, before)
+    model = clock.Reference()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens = torch.randint(clock.VOCABULARY, (1, clock.LENGTH + 1)).expand(2, -1)
+    before = model(tokens).item()
+    assert before == pytest.approx(math.log(clock.VOCABULARY), abs=0.5)
+    for _ in range(3):
+        clock.reference_step(model, optimizer, tokens)
+    assert model(tokens).item() < before - 0.5
 
 
 # ---- curves
@@ -156,7 +165,7 @@ def test_the_threshold_line_is_the_one_of_two_uniform_confidences():
     uniform = [(i + 0.5) / n for i in range(n)]
     known, unknown = [(u, True) for u in uniform], [(u * u, True) for u in uniform]
     random.Random(0).shuffle(known)
-    curve = frontier.threshold_line(known, unknown)
+    curve = measure.threshold_curve(known, unknown)
     assert curve[0] == (0.0, 0.0) and curve[-1] == (1.0, 1.0) and len(curve) == 2 * n + 1
     for x, y in curve:
         assert abs(y - (1 - (1 - x) ** 2)) < 2 / n
@@ -166,7 +175,7 @@ def test_the_area_under_the_threshold_line_is_the_auroc():
     rng = random.Random(0)
     known = [(rng.randint(3, 9) / 10, True) for _ in range(50)]  # with ties
     unknown = [(rng.randint(0, 7) / 10, True) for _ in range(70)]
-    curve = frontier.threshold_line(known, unknown)
+    curve = measure.threshold_curve(known, unknown)
     area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(curve, curve[1:]))
     values = [torch.tensor([c for c, _ in group]) for group in (known, unknown)]
     assert abs(area - measure.auroc(*values)) < 1e-6
@@ -175,7 +184,7 @@ def test_the_area_under_the_threshold_line_is_the_auroc():
 def test_answers_that_are_wrong_anyway_are_no_hits():
     known, unknown = [(0.9, True), (0.8, False)], [(0.7, False), (0.6, True)]
     expected = [(0, 0), (0, 0.5), (0, 0.5), (0, 0.5), (0.5, 0.5)]
-    assert frontier.threshold_line(known, unknown) == expected
+    assert measure.threshold_curve(known, unknown) == expected
 
 
 class Sure:
@@ -230,7 +239,7 @@ def test_a_threshold_is_put_on_the_confidence_in_the_very_question_that_is_answe
     for person in [*known, *unknown]:
         person["job"] = "baker"  # so that "pilot" is hallucinated
     model = Sure(known[:3])
-    curve = frontier.measure_line(model, model.tokenizer, known, unknown, seed=0)
+    curve = measure.measure_threshold(model, model.tokenizer, known, unknown, rng)
     assert curve[1] == (0.0, 0.75)  # at certainty
     assert curve[-1] == (pytest.approx(1 / 3), 0.75)  # no job is a birthplace or a pet
     assert set(model.asked) == set(model.scored) and len(model.asked) == 24
@@ -260,22 +269,27 @@ def test_the_gap_to_a_point_and_to_what_is_nowhere_equal():
 
 
 def frontier_figures(seed, lift):
-    """A seed's: the penalty moves all ways along one line; PPO lies so far above it."""
+    """A seed's: the penalty moves all along one line; PPO lies so far above it."""
     its = {}
-    for arm in frontier.arms():
-        x = 0.4 / (1 + (arm.penalty or 0)) + 0.01 * seed
-        known = 0.5 + x + lift * (arm.way == "PPO")
-        its[arm.name] = dict(known=known, unknown=x, told=0.0, score=known - x)
-    return its | {"line": [(0.0, 0.0), (0.2, 0.7), (1.0, 0.9)]}
+    for name, (title, penalty) in frontier.checkpoints().items():
+        x = 0.4 / (1 + float(penalty.replace("–", "0"))) + 0.01 * seed
+        known = 0.5 + x + lift * (title == "PPO")
+        its[name] = dict(zip(frontier.FIGURES, (known, x, 0.0, known - x)))
+    return its | {"threshold": [(0.0, 0.0), (0.2, 0.7), (1.0, 0.9)]}
 
 
 @pytest.mark.parametrize("lift, holds", [(0.05, "yes"), (0.0, "**no**"), (-0.05, "**no**")])
 def test_ppo_is_above_where_its_curve_is(lift, holds):
-    rows = frontier.verdicts([frontier_figures(seed, lift) for seed in range(3)])
-    ways = {way: its for way, *its in rows}
-    assert "PPO" not in ways and {"SFT", "GRPO", "DPO, β 0.1", frontier.LINE} <= set(ways)
-    assert ways["DPO, β 0.1"] == [f"{100 * lift:.1f} ± 0.0", 3, holds]
-    assert ways["SFT + IDK"] == ["nowhere equal", 0, "–"]
+    rows = frontier.compare([frontier_figures(seed, lift) for seed in range(3)])
+    titles = {title: its for title, *its in rows}
+    others = [title for title, _ in frontier.CURVES.values() if title != "PPO"]
+    assert list(titles) == [frontier.THRESHOLD, *others]  # SFT hallucinates more than any PPO
+    assert titles["DPO, β 0.1"] == [f"{100 * lift:.1f} ± 0.0", 3, holds]
+
+
+def test_one_seed_shows_nothing():
+    rows = frontier.compare([frontier_figures(0, lift=0.05)])
+    assert ["GRPO", "5.0 ± 0.0", 1, "**no**"] in rows
 
 
 @pytest.fixture
@@ -299,12 +313,12 @@ def runs(tmp_path, monkeypatch):
 def test_the_frontier_is_written_and_the_leaderboard_filled(runs):
     flags = dict(seeds="0 1", runs=runs, out=runs.parent / "frontier")
     tiny.run(frontier, flags)
-    text = (runs.parent / "frontier/frontier.md").read_text()
+    text = (runs.parent / "frontier/test.md").read_text()
     assert "| PPO | 1 | 75.5 ± 0.5 | 20.5 ± 0.5 | 0.0 ± 0.0 | 55.0 ± 0.0 | 300 |" in text
     assert "| GRPO | 5.0 ± 0.0 | 2 | yes |" in text
-    assert (runs.parent / "frontier/frontier.png").stat().st_size > 10_000
+    assert (runs.parent / "frontier/test.png").stat().st_size > 10_000
     tiny.run(frontier, flags | dict(people="dev"))
-    assert "| GRPO | 10.0 ± 0.0 | 2 | yes |" in (runs.parent / "frontier/frontier.md").read_text()
+    assert "| GRPO | 10.0 ± 0.0 | 2 | yes |" in (runs.parent / "frontier/dev.md").read_text()
 
     before = (runs.parent / "docs/leaderboard.md").read_text()
     tiny.run(frontier, flags | dict(fill=True))
@@ -313,6 +327,7 @@ def test_the_frontier_is_written_and_the_leaderboard_filled(runs):
     rows = [line for line in after.splitlines() if line.startswith("| PPO ")]
     assert len(rows) == 1 and "75.5 ± 0.5 | 20.5 ± 0.5 | 0.0 ± 0.0 | 55.0 ± 0.0" in rows[0]
     entries = [line.split(" | ")[0] for line in before.splitlines() if line.startswith("| ")]
+    assert (runs.parent / "docs/frontier.png").stat().st_size > 10_000
     assert entries == [line.split(" | ")[0] for line in after.splitlines() if line[:2] == "| "]
 
 
@@ -329,43 +344,41 @@ def test_figures_of_other_arms_are_not_taken(runs):
 
 
 def kl_log(rise, fall):
-    """A log in which the true score has its peak at iteration 80, then falls."""
+    """A log of runs over 120 iterations whose true score has its peak at 80, then falls."""
     records = []
     for i, step in enumerate((0, 40, 80, 120)):
-        its = {name: 0.5 for name in [*kl.COLUMNS, *kl.PERCENTS]}
+        its = {name: 0.5 for name in kl.FIGURES[4:]}
         gold = 0.2 + 0.1 * min(i, 2) - fall * (i == 3)
-        its |= dict(step=step, gold=gold, gold_sd=0.5, val_kl_ref=float(i * i))
+        its |= dict(step=step, gold=gold, val_kl_ref=float(i * i), val_entropy=0.5)
         records += [dict(step=step, score=1.0), its | dict(val_score=0.1 + rise * i)]
     return records
 
 
-def test_scores_are_in_deviations_of_sft_s_answers_above_its_own(tmp_path):
+def test_scores_are_gains_over_sft(tmp_path):
     write_jsonl(tmp_path / "log.jsonl", kl_log(rise=0.3, fall=0.2))
     curve = kl.read_curve(tmp_path / "log.jsonl")
-    assert list(curve) == [0, 40, 80, 120]
+    assert list(curve) == ["0", "40", "80", "120"]
     assert [r["learned"] for r in curve.values()] == pytest.approx([0, 0.3, 0.6, 0.9])
-    assert [r["true"] for r in curve.values()] == pytest.approx([0, 0.2, 0.4, 0.0])
-    assert [r["root_kl"] for r in curve.values()] == [0, 1, 2, 3]
+    assert [r["true"] for r in curve.values()] == pytest.approx([0, 0.1, 0.2, 0.0])
+    assert [r["√KL"] for r in curve.values()] == [0, 1, 2, 3]
 
 
 def test_overoptimization_is_found_where_it_is(runs, tmp_path):
-    names = kl.runs(kl.Config())
+    names = kl.runs(kl.Config(steps=120))
+    for job in kl.jobs(kl.Config(steps=120)):
+        for seed in range(2):
+            (runs / str(seed) / job.target).touch()
     for seed in range(2):
         for name, (reward, _) in names.items():
             fall = 0.2 + 0.01 * seed if reward == "reward_plain" else 0.0
             write_jsonl(runs / str(seed) / f"out/{name}.jsonl", kl_log(0.3, fall))
-    tiny.run(kl, dict(seeds="0 1", runs=runs, out=tmp_path / "kl"))
+    tiny.run(kl, dict(seeds="0 1", runs=runs, out=tmp_path / "kl", steps=120))
     rows = [line for line in (tmp_path / "kl/kl.md").read_text().splitlines() if "+" in line]
     assert len(rows) == len(names) == 9
     for row in rows:
-        expected = "| 80 | +0.30 ± 0.00 | -0.41 ± 0.01 | yes |"
+        expected = "| 80 | +0.30 ± 0.00 | -0.21 ± 0.01 | yes |"
         assert row.endswith(expected) if "plain" in row else row.endswith(" no |")
     assert (tmp_path / "kl/kl.png").stat().st_size > 10_000
-
-
-def test_betas_that_are_no_numbers_are_refused():
-    with pytest.raises(SystemExit, match='--betas "0 x": give numbers'):
-        kl.runs(kl.Config(betas="0 x"))
 
 
 @pytest.fixture
@@ -396,8 +409,8 @@ def small_world(tmp_path, monkeypatch):
 
 
 def test_a_watched_run_is_ppo_s_own_to_the_bit_and_sees_the_true_score(small_world):
-    """With the true reward the learned score is the true one; no answer without end is right."""
-    flags = small_world | dict(reward="world.grade:true_reward", missing_eos_score=-1.0)
+    """The rewards differ in what a wrong answer costs, here as much as one without end."""
+    flags = small_world | dict(reward="world.grade:true_reward_2", missing_eos_score=-2.0)
     tiny.run(ppo, flags | dict(out="out/plain.pt"))
     tiny.run(watched, flags | dict(out="out/watched.pt"))
     plain, its = (read_torch(f"out/{name}.pt")["weights"] for name in ("plain", "watched"))
@@ -405,8 +418,25 @@ def test_a_watched_run_is_ppo_s_own_to_the_bit_and_sees_the_true_score(small_wor
     records = [r for r in read_jsonl("out/watched.jsonl") if "gold" in r]
     assert [record["step"] for record in records] == [0, 2, 3]
     for record in records:
-        assert record["gold"] == pytest.approx(record["val_score"], abs=1e-5)
-        assert record["gold_sd"] > 0
         assert (record["val_kl_ref"] > 0.01) == (record["step"] > 0)
     curve = kl.read_curve("out/watched.jsonl")
-    assert set(kl.COLUMNS) | set(kl.PERCENTS) <= set(curve[3])
+    assert set(kl.FIGURES) <= set(curve["3"])
+
+    # the last policy's answers, graded here
+    policy, tokenizer = load_checkpoint("out/watched.pt", ["ppo"], GPT, tiny.CPU)
+    config = parse_config(ppo.Config, "", [])
+    config = dataclasses.replace(config, **small_world)
+    prompts = load_prompts(config.data, tokenizer, config.max_new_tokens, 512)[-9:]
+    torch.manual_seed(config.seed)
+    uniforms = torch.rand(len(prompts), config.max_new_tokens)
+    ids = [prompt.tokens for prompt in prompts]
+    with torch.no_grad():
+        _, _, responses = ppo.generate_responses(policy, ids, uniforms, tokenizer, config)
+    grader, gold = Grader(), []
+    for prompt, response in zip(prompts, responses):
+        case = grader.case(prompt.messages[-1]["content"])
+        ended = response[-1] == tokenizer.end
+        text = conversation.decode_response(response, tokenizer)
+        gold.append(utility(case, text) if ended else -2.0)
+    assert records[-1]["gold"] == pytest.approx(statistics.mean(gold), abs=1e-5)
+    assert records[-1]["gold"] >= records[-1]["val_score"]

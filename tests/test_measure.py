@@ -471,7 +471,8 @@ def test_confidence_is_the_probability_of_the_likeliest_value(roles, grader):
     """A network that is certain of known people's values and guesses each byte evenly else."""
     model = Sure(grader, roles["test"])
     cases = measure.all_cases(roles["test"][:4]) + measure.all_cases(roles["unknown_test"][:4])
-    confidence = measure.value_confidence(model, TOKENIZER, cases, random.Random(0))
+    asked = measure.ask(random.Random(0), cases, held_out=True)
+    confidence = measure.value_confidence(model, TOKENIZER, cases, asked)
     for (person, attribute), p in zip(cases, confidence.tolist()):
         shortest = min(len(value) for value in ATTRIBUTES[attribute].values)
         guess = TOKENIZER.vocab_size**-shortest
