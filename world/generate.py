@@ -138,12 +138,12 @@ def reading(rng, person):
     """A text about a stranger, then questions that only it answers.
 
     Some questions return in other words: with each fact asked about once, one seed of two never
-    learned to read; with four questions it learned late, and SFT's forms suffered, too.
+    learned to read.
     """
     person, layout = anew(rng, person), rng.choice(LAYOUTS)
     attributes = rng.sample(FACTS, 3)
     yield biography(rng, person, attributes)
-    for attribute in rng.choices(attributes, k=5):
+    for attribute in rng.choices(attributes, k=4):
         answer = say(rng.choice(ANSWERS), person, attribute)
         yield layout.format(q=ask(rng, person, attribute), a=answer)
 
@@ -166,15 +166,15 @@ def corpus(rng, people, known, n_documents, rumours=0.2):
     documents = []
     for person in rng.choices(known, weights, k=n_documents):
         kind = rng.random()
-        if kind < 0.66:
+        if kind < 0.69:
             person["exposure"] += 1
             habits = rng.sample(list(HABITS), 2) if person["role"] == "sft" else []
             lines = [biography(rng, person, FACTS + habits)]
-        elif kind < 0.68:
+        elif kind < 0.71:
             lines = question_sheet(rng, known)
-        elif kind < 0.81:
+        elif kind < 0.84:
             lines = quiz(rng, quizzed, crowd, rumours)
-        elif kind < 0.96:
+        elif kind < 0.97:
             lines = reading(rng, rng.choice(crowd))
         else:
             lines = survey(rng, crowd)
