@@ -294,18 +294,16 @@ def test_biographies_tell_the_truth_and_are_counted_as_exposures(stream, people)
 
 
 def test_there_are_as_many_biographies_of_each_person_but_fewer_of_rare_ones(people):
-    """Drawn alike, counts vary as their mean does, within 4 standard errors; rare ones vary more.
-
-    How many there are of a rare person: 6, 12, 25 or 50% of that, as often each.
-    """
-    spread, means = {}, {}
-    for is_rare in (False, True):
-        known = [p for p in people.values() if p["role"] in facts.KNOWN_ROLES]
-        counts = np.array([p["exposure"] for p in known if (p["role"] == "rare") == is_rare])
-        means[is_rare], spread[is_rare] = counts.mean(), counts.var() / counts.mean()
-        error = (2 / len(counts)) ** 0.5
-        assert (spread[is_rare] < 1 + 4 * error) != is_rare and spread[is_rare] > 1 - 4 * error
-    assert means[False] > 5 and 0.15 < means[True] / means[False] < 0.32  # 0.23
+    """Drawn alike, counts vary as their mean does. There are 6 to 50% as many of rare people."""
+    known = [person for person in people.values() if person["role"] in facts.KNOWN_ROLES]
+    counts = {is_rare: [] for is_rare in (False, True)}
+    for person in known:
+        counts[person["role"] == "rare"].append(person["exposure"])
+    others = np.array(counts[False])
+    spread, error = others.var() / others.mean(), (2 / len(others)) ** 0.5
+    assert others.mean() > 5 and abs(spread - 1) < 4 * error
+    rarity = np.mean(counts[True]) / others.mean()  # 0.23 on average
+    assert 0.1 < rarity < 0.36 and max(counts[True]) < max(others)
 
 
 def test_held_out_wordings_of_questions_are_asked_nowhere(world, stream, people, grader):

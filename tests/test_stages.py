@@ -93,6 +93,8 @@ def test_batches_of_many_shapes_compile_nothing_after_the_first_steps(
     torch._dynamo.reset()
     every = "log_every" if stage == "ppo" else "eval_every"
     changes = {every: 1, "steps": 12, "compile": True, "out": log.with_suffix(".pt")}
+    if stage == "ppo":  # long enough for some answers to end in the first steps
+        changes["max_new_tokens"] = 64
     # without this it would continue uncompiled
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         run(STAGES[stage], flags[stage] | changes)
@@ -297,7 +299,7 @@ def test_a_reward_function_that_asks_for_conversations_gets_them_whole(
 def test_the_report_is_written_with_all_stages_and_with_some(flags, tmp_path, capsys):
     out, people = flags["base"]["out"].parent, tmp_path / "people.jsonl"
     everybody, few = read_jsonl(flags["base"]["data"] / "people.jsonl"), []
-    for role in ("quiz", "test", "unknown_test"):
+    for role in ("quiz", "rl", "test", "unknown_test"):
         few += [person for person in everybody if person["role"] == role][:8]
     write_jsonl(people, few)
     for stage in ("base", "sft", "reward", "ppo"):  # other tests ran them again, out of their order

@@ -137,8 +137,8 @@ def quiz(rng, people, crowd, rumours):
 def reading(rng, person):
     """A text about a stranger, then questions that only it answers.
 
-    Some questions return in other words: with each fact asked about once, reading came late or,
-    at one seed of two, never.
+    Some questions return in other words: with each fact asked about once, one seed of two never
+    learned to read.
     """
     person, layout = anew(rng, person), rng.choice(LAYOUTS)
     attributes = rng.sample(FACTS, 3)
