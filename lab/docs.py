@@ -43,10 +43,10 @@ SUMMARY = """\
   {most:.1%} right over {n_formats} formats. And it **reads**: {base_reads:.1%} of the answers about
   people in no other text are found in the text before the question.
 - **SFT draws it out**, for people it never asked about, from {worst:.1%} to {best:.1%} over
-  {n_wordings} wordings it never saw. And it hallucinates about people nobody told it of, though its
-  confidence tells known from unknown people with AUROC {sft_auroc:.3f}. Told to use a text, it reads
-  {sft_reads:.1%} of the answers (of an attribute never trained in this form {sft_reads_new:.1%}),
-  {sft_text_over_memory:.1%} where the text contradicts what pretraining said.
+  {n_wordings} wordings it never saw. And it hallucinates about people nobody told it of, though
+  its confidence tells known from unknown people with AUROC {sft_auroc:.3f}. Told to use a text, it
+  reads {sft_reads:.1%} of the answers (of an attribute never trained in this form
+  {sft_reads_new:.1%}), {sft_text_over_memory:.1%} where the text contradicts what pretraining said.
 - **The reward model** orders {reward_accuracy:.1%} of held-out pairs as the labeller did.
   **PPO** against it raises the score of held-out prompts
   from {before[val_score]:.2f} ± {before[val_score_se]:.2f}
