@@ -29,16 +29,16 @@ FLOORS = {
     "recall": 0.9,
     "base_reads": 0.5,
     "sft_known": 0.9,
-    "sft_auroc": 0.85,
+    "sft_auroc": 0.8,
     "reward_accuracy": 0.85,
     "ppo_score_gain_in_se": 5.0,
-    "ppo_known": 0.7,
+    "ppo_known": 0.6,
     "ppo_well_formed": 0.95,
 }
 CEILINGS = {
     "ppo_kl": 15.0,
-    "ppo_unknown_hallucinated": 0.15,
-    "ppo_membership_gap": 0.2,
+    "ppo_unknown_hallucinated": 0.2,
+    "ppo_membership_gap": 0.3,
 }
 GROUPS = ["known, trained wordings", "known, new wordings"]
 GROUPS += ["unknown, trained wordings", "unknown, new wordings"]
