@@ -27,7 +27,6 @@ STAGES = {"base": "pretraining", "sft": "SFT", "reward": "reward model", "ppo": 
 # What the default run must keep. Other rounding is as another seed, so there is room for noise.
 FLOORS = {
     "recall": 0.9,
-    "base_reads": 0.5,
     "sft_known": 0.9,
     "sft_auroc": 0.8,
     "reward_accuracy": 0.85,
