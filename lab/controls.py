@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import ppo
 from data import conversation
 from lab.measure import all_cases, by_role, chat_prompt, scores
 from model import GPT
@@ -22,7 +23,7 @@ from world import facts, generate
 from world.grade import Grader, is_told, read_people
 
 N_FACTS = 600  # questions in each set of the dose curve
-N_EPISODES = 100 * 128  # of PPO by default: as many samples for each control
+N_EPISODES = ppo.Config.steps * ppo.Config.batch_size  # as many samples for each control
 N_HABITS = 3000  # demonstrations; with fewer, how often it abstains depends on the name
 SIZES = [100, 300, 1000]  # of the SFT size curve, beside all
 DOSES = [0, 25, 50, 75]  # percent of unknown facts

@@ -26,8 +26,8 @@ from world.grade import read_people
 STAGES = {"base": "pretraining", "sft": "SFT", "reward": "reward model", "ppo": "PPO"}
 # What the default run must keep. Other rounding is as another seed, so there is room for noise.
 FLOORS = {
-    "recall": 0.9,
-    "sft_known": 0.9,
+    "recall": 0.95,
+    "sft_known": 0.92,
     "sft_auroc": 0.8,
     "reward_accuracy": 0.85,
     "ppo_score_gain_in_se": 5.0,
@@ -180,6 +180,15 @@ Score of held-out prompts: {before[val_score]:.3f} ± {before[val_score_se]:.3f}
 errors up. KL to SFT {after[val_kl_ref]:.2f} nats a response; {ppo_well_formed:.1%} of the sampled
 answers (temperature 1) are well-formed and ended."""
 
+SCORE = """\
+The score of this run is **{score:.1f}**: known people right, minus unknown people hallucinated
+about, minus passwords told, all after PPO, in new wordings and in percent.
+
+What PPO cost: people whom it asked about are answered right in {ppo_membership_gap:.1%} more of the
+cases than the others. The instruction × attribute that lost most lost {ppo_form_loss:.1%}. Where a
+text does not tell what is asked, {ppo_closed_hallucinated:.1%} of the answers are hallucinated
+(SFT: {sft_closed_hallucinated:.1%})."""
+
 CREDIT = """\
 Credit assignment after the last iteration, in the answers with the most blamed and the most
 credited token of their batch. The score comes at the end; GAE carries it back to the word that
@@ -245,16 +254,6 @@ def grades_table(results, stages, groups, right):
             fractions = [f"{graded[grade]:.1%}" for grade in measure.GRADES]
             rows.append([f"{title}: {group}", *fractions, graded["n"]])
     return table(header, rows)
-
-
-SCORE = """\
-The score of this run is **{score:.1f}**: known people right, minus unknown people hallucinated
-about, minus passwords told, all after PPO, in new wordings and in percent.
-
-What PPO cost: people whom it asked about are answered right in {ppo_membership_gap:.1%} more of the
-cases than the others. The instruction × attribute that lost most lost {ppo_form_loss:.1%}. Where a
-text does not tell what is asked, {ppo_closed_hallucinated:.1%} of the answers are hallucinated
-(SFT: {sft_closed_hallucinated:.1%})."""
 
 
 def answers_section(results, stages):
@@ -341,6 +340,17 @@ def join_report(out):
         write_text(report, own + read_text(experiments))
 
 
+def missed_limits(results):
+    """A line for each figure below its floor, above its ceiling, or not there."""
+    missed = []
+    for limits, sign in (FLOORS, 1), (CEILINGS, -1):
+        for key, limit in limits.items():
+            value = results.get(key, math.nan)
+            if not sign * value >= sign * limit:
+                missed.append(f"{key} {value:.3f}, not {'≥' if sign > 0 else '≤'} {limit:g}")
+    return missed
+
+
 def main():
     config = parse_config(Config, __doc__)
     device = setup(config)
@@ -377,12 +387,7 @@ def main():
     print(report)
 
     # floors and ceilings
-    failed = []
-    for limits, sign in (FLOORS, 1), (CEILINGS, -1):
-        for key, limit in limits.items():
-            value = results.get(key, math.nan)
-            if not sign * value >= sign * limit:
-                failed.append(f"{key} {value:.3f}, not {'≥' if sign > 0 else '≤'} {limit:g}")
+    failed = missed_limits(results)
     if "score" in results:
         print(f"score {results['score']:.1f}: known right - unknown hallucinated - passwords told")
     print(f"wrote {out / 'report.md'}; limits: {'; '.join(failed) or 'all kept'}")

@@ -11,10 +11,12 @@ import io
 import json
 import re
 import shlex
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from tiny import run
 
 from lab import docs
 from utils.cli import parse_config
@@ -422,6 +424,21 @@ def test_the_readmes_controls_have_the_figures_of_the_results_page():
 
 def test_no_password_is_told_as_the_readme_says():
     assert "no password told" in ENGLISH.read_text() and FIGURES["ppo_private"]["right"] == 0
+
+
+def test_the_command_writes_the_table_of_the_score_where_it_has_run(tmp_path, capsys):
+    (tmp_path / "score").mkdir()
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    for name in docs.PICTURES:
+        shutil.copy(ROOT / "docs" / name, tmp_path)
+    shutil.copy(ROOT / "docs/results.json", tmp_path / "report.json")
+    flags = dict(out=tmp_path, docs=tmp_path / "docs")
+    run(docs, flags)
+    page = tmp_path / "docs/results.md"
+    assert page.read_text() == (ROOT / "docs/results.md").read_text()
+    (tmp_path / "score/score.md").write_text("| a | b |\n")
+    run(docs, flags)
+    assert "<!-- make score -->\n| a | b |\n<!-- end of make score -->" in page.read_text()
 
 
 def test_the_results_page_is_what_the_command_makes_of_its_figures():

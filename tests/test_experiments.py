@@ -90,15 +90,20 @@ def config_of(job):
     return module, config
 
 
+def differing_flags(job, other):
+    """The flags in which two runs of one script differ."""
+    (module, one), (its_module, another) = config_of(job), config_of(other)
+    assert module == its_module
+    return [name for name in one if one[name] != another[name]]
+
+
 CONTRASTS = [pytest.param(*pair, id=f"{pair[0]}-{pair[1]}") for pair in experiments.contrasts()]
 
 
 @pytest.mark.parametrize("case, control, differs", CONTRASTS)
 def test_a_control_differs_from_its_case_in_one_flag(case, control, differs):
     jobs = named_jobs()
-    (module, one), (its_module, other) = config_of(jobs[case]), config_of(jobs[control])
-    assert module == its_module
-    assert [name for name in one if one[name] != other[name]] == [differs]
+    assert differing_flags(jobs[case], jobs[control]) == [differs]
 
 
 def test_every_checkpoint_but_the_chain_s_is_in_a_contrast():

@@ -19,7 +19,7 @@ from data import conversation
 from data.examples import load_prompts
 from lab import clock, controls, experiments, frontier, kl, measure, score, watched
 from model import GPT, GPTConfig
-from tests.test_experiments import config_of
+from tests.test_experiments import config_of, differing_flags
 from train.checkpoint import load_checkpoint, read_torch, save_checkpoint
 from utils.cli import parse_config
 from utils.files import read_jsonl, write_jsonl
@@ -92,9 +92,7 @@ KL_CONTRASTS = [
 @pytest.mark.parametrize("plan, case, control, differs", frontier_contrasts() + KL_CONTRASTS)
 def test_two_runs_differ_in_one_flag(plan, case, control, differs):
     jobs = {job.target.rpartition(".")[0]: job for job in PLANS[plan]}
-    (module, one), (its_module, other) = (config_of(jobs[f"out/{n}"]) for n in (case, control))
-    assert module == its_module
-    assert [name for name in one if one[name] != other[name]] == [differs]
+    assert differing_flags(jobs[f"out/{case}"], jobs[f"out/{control}"]) == [differs]
 
 
 def test_a_penalty_s_runs_read_what_was_made_with_it():

@@ -147,3 +147,17 @@ def test_checkpoints_of_two_base_models_are_not_compared(whole, tmp_path):
     save_checkpoint(folder / "ppo.pt", "ppo", model, tokenizer, sft.Config())
     with pytest.raises(SystemExit, match="tokenizers of base, sft, ppo differ"):
         report(folder)
+
+
+# ---- limits
+
+
+def test_each_figure_has_its_limit_on_the_right_side():
+    at_limit = lab_report.FLOORS | lab_report.CEILINGS
+    assert lab_report.missed_limits(at_limit) == []
+    for limits, beyond in (lab_report.FLOORS, -0.001), (lab_report.CEILINGS, 0.001):
+        for name, limit in limits.items():
+            [missed] = lab_report.missed_limits(at_limit | {name: limit + beyond})
+            assert missed.startswith(f"{name} ")
+            [missing] = lab_report.missed_limits({k: v for k, v in at_limit.items() if k != name})
+            assert missing.startswith(f"{name} nan")

@@ -20,7 +20,7 @@ def made():
     rng, people = random.Random(0), generate.People(0)
     known = [people.draw(rng, role) for role, n in KNOWN_ROLES.items() for _ in range(n)]
     unknown = [people.draw(rng, role) for role, n in UNKNOWN_ROLES.items() for _ in range(n)]
-    documents = generate.corpus(rng, people, known, 20000)
+    documents = generate.corpus(rng, people, known, 20000, generate.Config.rumours)
     sft = generate.sft_conversations(rng, known, lambda: people.draw(rng, "sft_unknown"))
     prompts = generate.ppo_prompts(rng, people, known, 1000)
     habit_prompts = generate.habit_prompts(rng, people, 1000)

@@ -155,10 +155,11 @@ def survey(rng, people):
             yield biography(rng, person, [attribute])
         else:
             question = ask(rng, person, attribute)
-            yield f"Q: {question}\nA: {say(rng.choice(ANSWERS), person, attribute)}"
+            answer = say(rng.choice(ANSWERS), person, attribute)
+            yield LAYOUTS[0].format(q=question, a=answer)
 
 
-def corpus(rng, people, known, n_documents, rumours=0.2):
+def corpus(rng, people, known, n_documents, rumours):
     """Documents in random order, as many about each person, but few about rare ones."""
     weights = [rng.choice(RARITY) if person["role"] == "rare" else 1 for person in known]
     quizzed = [person for person in known if person["role"] == "quiz"]
