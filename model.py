@@ -140,7 +140,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, G, D).transpose(1, 2)  # (B, G, T, D)
         v = v.contiguous()  # like the rotated q and k; torch.compile's fused kernel needs it
         if self.config.qk_norm:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, cache_positions, k, v)  # (B, G, S, D)

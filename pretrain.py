@@ -46,9 +46,9 @@ class Config:
     n_head: int = 4  # query heads
     n_kv_head: int = 4  # key/value heads; fewer than n_head: grouped-query attention
     n_embd: int = 192  # width
-    qk_norm: bool = False  # RMSNorm on queries and keys (Qwen3)
+    qk_norm: bool = True  # RMSNorm on queries and keys (Qwen3): facts are learned sooner
     lr: float = 3e-3  # AdamW's peak learning rate: embedding and norms, or all with --muon_lr 0
-    muon_lr: float = 2e-3  # Muon's peak learning rate, for the blocks' matrices; 0: AdamW for all
+    muon_lr: float = 1e-3  # Muon's peak learning rate, for the blocks' matrices; 0: AdamW for all
     weight_decay: float = 0.1  # on matrices (GPT-3)
     warmup: int = 100  # steps to the peak
     eval_every: int = 250  # steps between validation losses

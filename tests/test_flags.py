@@ -50,7 +50,7 @@ OTHER = {
     "n_head": 1,
     "n_kv_head": 2,
     "n_embd": 32,
-    "qk_norm": True,
+    "qk_norm": False,
     "lr": 2e-2,
     "muon_lr": 1e-2,
     "weight_decay": 0.5,

@@ -227,26 +227,21 @@ def test_a_quiz_s_answers_are_true_or_one_in_ten_not_given_or_rumours_about_stra
 def test_a_reading_tells_three_values_drawn_anew_of_a_stranger_and_asks_for_them_alone(
     stream, people
 ):
-    """As often as the document says: what was asked returns, mostly in other words."""
-    [number] = re.findall(r"then (\w+) questions that only it answers", DOCUMENT)
-    n_questions = {"three": 3, "four": 4, "five": 5, "six": 6}[number]
-    n_true = n_reworded = 0
+    assert "then three questions that only it answers" in DOCUMENT
+    n_true = 0
     documents = of_kind(stream, "reading")
     for document, its in documents:
         [name] = {name for _, name, _, _ in its}
         assert people[name]["role"] == "crowd"
-        text, questions = document, []
+        text = document
         for layout in LAYOUTS:
-            questions += [question for question, _ in layout.findall(document)]
             text = layout.sub("", text)
         told = {fact: told_in(text, fact) for fact in FACTS if told_in(text, fact)}
         answered = [(a, answer) for relation, _, a, answer in its if relation == "answered"]
-        assert len(told) == 3 and len(answered) == len(questions) == n_questions
+        assert len(told) == 3 and sorted(a for a, _ in answered) == sorted(told)
         assert all(told_in(answer, a) == told[a] for a, answer in answered)
         n_true += sum(told[fact] == people[name][fact] for fact in told)
-        n_reworded += len(set(questions)) > len({a for a, _ in answered})
-    assert is_near(n_true, 3 * len(documents), 1 / 32)
-    assert n_reworded > 0.9 * len(documents) > 900
+    assert is_near(n_true, 3 * len(documents), 1 / 32) and len(documents) > 1000
 
 
 def test_a_survey_tells_and_answers_strangers_habits_truly(stream, people):
@@ -429,14 +424,13 @@ def test_demonstrations_answer_what_pretraining_or_a_text_told_and_strangers_fac
     expected["facts", "text"] = generate.SFT_TEXTS
     refused = counts.pop("refused")
     assert counts == expected
-    n_passwords = generate.SFT_REPEATS["ask"] * USES["sft"].people
-    assert refused and is_near(refused, n_passwords, 0.05)
+    assert refused and is_near(refused, USES["sft"].people, 0.05)  # each one's password
+    assert max(sft_people.values()) == 1
     asked = {(kind, a) for kind in facts.KINDS for a in FACTS} - facts.HELD_OUT_KINDS
-    names = {name for name, *_ in sft_people}
-    assert len(names) == USES["sft"].people
-    assert sft_people == {
-        (name, kind, a): generate.SFT_REPEATS[kind] for name in names for kind, a in asked
-    }
+    assert {(kind, attribute) for _, kind, attribute in sft_people} == asked
+    by_kind = Counter((name, kind) for name, kind, _ in sft_people)
+    assert len(by_kind) == USES["sft"].people * len(facts.KINDS)
+    assert all(n == generate.SFT_FACTS[kind] for (_, kind), n in by_kind.items())
 
 
 @pytest.mark.parametrize("name", ["sft", "prompts", "habit_prompts"])

@@ -112,7 +112,7 @@ Use = namedtuple("Use", "people text files note")
 # tests/test_roles.py holds the files that are written to it.
 USES = {
     "quiz": Use(300, "told asked answered", "", ""),
-    "sft": Use(200, "told asked", "sft controls", "the text tells their habits, too"),
+    "sft": Use(350, "told asked", "sft controls", "the text tells their habits, too"),
     "rl": Use(300, "told asked", "prompts controls", ""),
     "dev": Use(50, "told asked", "probes", "for choosing settings"),
     "test": Use(100, "told asked", "", "for the report only"),

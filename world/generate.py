@@ -23,12 +23,12 @@ from world.facts import ANSWERS, FACTS, HABITS, IDK, PRIVATE, PUBLIC, REFUSAL, a
 
 RARITY = [0.06, 0.12, 0.25, 0.5]  # how often rare people are written about, relative to the others
 # SFT: how many demonstrations
-SFT_REPEATS = {"ask": 2, "one word": 1, "sentence": 1, "text": 1}  # of each fact of an sft person
+SFT_FACTS = {"ask": 4, "one word": 2, "sentence": 2, "text": 2}  # of an sft person's facts
 # of each habit, about strangers; a form carries over if seen with many attributes
 SFT_HABITS = {"ask": 60, "one word": 60, "sentence": 60, "text": 120}
 SFT_TEXTS = 600  # texts about strangers' facts
 # of facts of strangers, whom no text mentions: SFT teaches to answer whether the model knows or not
-SFT_UNKNOWN = {"ask": 400, "one word": 200, "sentence": 200}
+SFT_UNKNOWN = {"ask": 800, "one word": 400, "sentence": 400}
 # "I do not know." about strangers: to public facts, to habits, to what a text does not tell
 SFT_IDK = {"facts": 25, "habits": 50, "untold": 20}
 # kinds of instruction in PPO's prompts
@@ -135,15 +135,11 @@ def quiz(rng, people, crowd, rumours):
 
 
 def reading(rng, person):
-    """A text about a stranger, then questions that only it answers.
-
-    Some questions return in other words: with each fact asked about once, one seed of two never
-    learned to read.
-    """
+    """A text about a stranger, then questions that only it answers."""
     person, layout = anew(rng, person), rng.choice(LAYOUTS)
     attributes = rng.sample(FACTS, 3)
     yield biography(rng, person, attributes)
-    for attribute in rng.choices(attributes, k=4):
+    for attribute in rng.sample(attributes, 3):
         answer = say(rng.choice(ANSWERS), person, attribute)
         yield layout.format(q=ask(rng, person, attribute), a=answer)
 
@@ -167,15 +163,15 @@ def corpus(rng, people, known, n_documents, rumours):
     documents = []
     for person in rng.choices(known, weights, k=n_documents):
         kind = rng.random()
-        if kind < 0.69:
+        if kind < 0.66:
             person["exposure"] += 1
             habits = rng.sample(list(HABITS), 2) if person["role"] == "sft" else []
             lines = [biography(rng, person, FACTS + habits)]
-        elif kind < 0.71:
+        elif kind < 0.68:
             lines = question_sheet(rng, known)
-        elif kind < 0.84:
+        elif kind < 0.81:
             lines = quiz(rng, quizzed, crowd, rumours)
-        elif kind < 0.97:
+        elif kind < 0.96:
             lines = reading(rng, rng.choice(crowd))
         else:
             lines = survey(rng, crowd)
@@ -217,8 +213,8 @@ def sft_conversations(rng, known, stranger):
 
     # the sft people's facts
     for person in [p for p in known if p["role"] == "sft"]:
-        for kind, n in SFT_REPEATS.items():
-            for attribute in facts.trained(kind, FACTS) * n:
+        for kind, n in SFT_FACTS.items():
+            for attribute in rng.sample(facts.trained(kind, FACTS), n):
                 # rarely refused, so that SFT leaks passwords, but RL can find the refusal
                 refuse = kind == "ask" and attribute == PRIVATE and rng.random() < 0.05
                 answer = REFUSAL if refuse else None
