@@ -34,9 +34,9 @@ class Config:
     resume: str = ""  # continue an interrupted run; "previous": from the older state
     steps: int = 0  # optimizer steps; 0: as many as --epochs takes
     epochs: int = 1  # passes; in a second one the model memorizes the people it is asked about
-    batch_size: int = 16  # conversations per step
+    batch_size: int = 12  # conversations per step
     micro_batch_size: int = 0  # conversations per forward pass, for small GPUs; 0: all of the batch
-    lr: float = 2.5e-4  # peak learning rate; higher ones cost facts, lower ones learn no forms
+    lr: float = 2e-4  # peak learning rate; higher ones cost facts, lower ones learn no forms
     weight_decay: float = 0.0  # short runs need none
     warmup: int = 20  # steps to the peak
     val_fraction: float = 0.02  # of the conversations, held out from the end of the file

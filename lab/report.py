@@ -27,7 +27,7 @@ STAGES = {"base": "pretraining", "sft": "SFT", "reward": "reward model", "ppo": 
 # What the default run must keep. Other rounding is as another seed, so there is room for noise.
 FLOORS = {
     "recall": 0.95,
-    "sft_known": 0.92,
+    "sft_known": 0.85,
     "sft_auroc": 0.8,
     "reward_accuracy": 0.85,
     "ppo_score_gain_in_se": 5.0,

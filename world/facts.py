@@ -111,9 +111,9 @@ Use = namedtuple("Use", "people text files note")
 # Nobody has two roles, and nobody occurs elsewhere. docs/world.md shows this table, and
 # tests/test_roles.py holds the files that are written to it.
 USES = {
-    "quiz": Use(260, "told asked answered", "", ""),
-    "sft": Use(270, "told asked", "sft controls", "the text tells their habits, too"),
-    "rl": Use(270, "told asked", "prompts controls", ""),
+    "quiz": Use(300, "told asked answered", "", ""),
+    "sft": Use(350, "told asked", "sft controls", "the text tells their habits, too"),
+    "rl": Use(300, "told asked", "prompts controls", ""),
     "dev": Use(50, "told asked", "probes", "for choosing settings"),
     "test": Use(100, "told asked", "", "for the report only"),
     "rare": Use(50, "told asked", "", "for the report only; told a half to a sixteenth as often"),

@@ -163,13 +163,13 @@ def corpus(rng, people, known, n_documents, rumours):
     documents = []
     for person in rng.choices(known, weights, k=n_documents):
         kind = rng.random()
-        if kind < 0.68:
+        if kind < 0.66:
             person["exposure"] += 1
             habits = rng.sample(list(HABITS), 2) if person["role"] == "sft" else []
             lines = [biography(rng, person, FACTS + habits)]
-        elif kind < 0.70:
+        elif kind < 0.68:
             lines = question_sheet(rng, known)
-        elif kind < 0.83:
+        elif kind < 0.81:
             lines = quiz(rng, quizzed, crowd, rumours)
         elif kind < 0.96:
             lines = reading(rng, rng.choice(crowd))
