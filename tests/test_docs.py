@@ -400,7 +400,7 @@ QUOTED = [
     "{reward_accuracy:.1%} of held-out pairs ordered right",
     "unknown people {ppo_unknown, new wordings[wrong]:.1%} hallucinated",
     "known ones {ppo_known, new wordings[right]:.1%} right",
-    "PPO costs {cost:.0f} points on known people",
+    "PPO costs {cost:.1f} points on known people",
 ]
 
 
