@@ -123,7 +123,7 @@ def assert_logs_are_alike(one, other):
     for a, b in zip(one, other):
         assert a.keys() == b.keys()
         for name in a.keys() - TIMES:
-            assert abs(a[name] - b[name]) < (1e-5 if "loss" in name else 1e-4), (a["step"], name)
+            assert abs(a[name] - b[name]) < (1e-5 if "loss" in name else 3e-4), (a["step"], name)
 
 
 @pytest.mark.parametrize("stage", STAGES)
