@@ -74,6 +74,7 @@ def flags(tmp_path_factory):
     }
     flags["reward"] |= dict(calibration_size=8)
     flags["ppo"] |= dict(batch_size=12, minibatch_size=8, val_size=7, kl_target=1.0, lr=1e-3)
+    flags["ppo"]["beta"] = 0.05  # at others a clipped value may be so in one run only: another loss
     flags["dpo"] = dict(init=out / "sft.pt", data=data / "pairs.jsonl", batch_size=8, lr=1e-3)
     flags["grpo"] = flags["ppo"] | dict(group_size=4)
     del flags["grpo"]["kl_target"]
@@ -123,7 +124,7 @@ def assert_logs_are_alike(one, other):
     for a, b in zip(one, other):
         assert a.keys() == b.keys()
         for name in a.keys() - TIMES:
-            assert abs(a[name] - b[name]) < (1e-5 if "loss" in name else 3e-4), (a["step"], name)
+            assert abs(a[name] - b[name]) < (1e-5 if "loss" in name else 1e-4), (a["step"], name)
 
 
 @pytest.mark.parametrize("stage", STAGES)
