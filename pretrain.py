@@ -178,15 +178,15 @@ def reinit_unseen_embeddings(model, stream):
     """Fresh embeddings for ids that the text never holds, above all the chat tokens.
 
     Training only pushes them out of the softmax, all the same way: <|user|> and <|assistant|>
-    end at cosine 0.9997, and SFT cannot tell them apart. The fresh ones spread like the others.
-    They are output rows as well (tied), so their ids are no longer quite impossible.
+    end at cosine 0.9997, and SFT cannot tell them apart. The fresh ones spread like the others,
+    at half the size: they are output rows as well (tied), and larger ones would be sampled.
     """
     weight = model.embed.weight  # (padded vocabulary, C)
     counts = np.zeros(len(weight), np.int64)
     for i in range(0, len(stream), 10**7):
         counts += np.bincount(stream[i : i + 10**7], minlength=len(weight))
     seen = torch.from_numpy(counts > 0).to(weight.device)  # (padded vocabulary,)
-    weight[~seen] = torch.randn_like(weight[~seen]) * weight[seen].std()
+    weight[~seen] = torch.randn_like(weight[~seen]) * weight[seen].std() / 2
 
 
 def main():

@@ -42,7 +42,7 @@ class Config:
     batch_size: int = 32  # pairs per step
     micro_batch_size: int = 0  # pairs per forward pass, for small GPUs; 0: all of the batch
     logprob_term: bool = True  # add the answer's log-probability to the score
-    lr: float = 3e-4  # peak learning rate
+    lr: float = 1e-4  # peak learning rate; higher ones cost the trunk facts
     warmup: int = 20  # steps to the peak
     val_fraction: float = 0.08  # of the pairs, held out from the end of the file
     calibration_size: int = 512  # prompts whose SFT answers get mean score 0 and deviation 1
@@ -87,7 +87,7 @@ class RewardModel(nn.Module):
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.n_embd + 1))
         nn.init.zeros_(self.head.bias)
         if config.logprob_term:
-            self.logprob_weight = nn.Parameter(torch.ones(1))  # see fit_logprob_weight
+            self.logprob_weight = nn.Parameter(torch.zeros(1))
 
     @compiled
     def forward(self, tokens, mask):
@@ -161,30 +161,20 @@ def validate(model, pairs, pad, device, size):
 
 
 @torch.no_grad()
-def fit_logprob_weight(model, pairs, pad, device, size):
-    """The w in [-1, 1] with which w log p(answer) alone explains the pairs best.
+def logprob_spread(model, pairs, pad, device, size):
+    """By how many nats two answers of a pair differ in log-probability, the root mean square.
 
-    0.6 in the default world. Long answers differ by tens of nats, mostly by length: for 1,000
-    polite and rude ones it is 0.002, and from a weight of 1 the loss would begin at 11, too far
-    for Adam's small steps on one scalar.
+    5 in the default world. Long answers differ by tens, mostly by length.
     """
-    differences = []
+    total = 0.0
     for batch in split(pairs, size):
         answers = [pair.chosen for pair in batch] + [pair.rejected for pair in batch]
         tokens, mask = collate(answers, pad, device)  # (2B, T) each
         with autocast(device):
             logprobs = model.answer_logprobs(model.trunk.hidden(tokens), tokens, mask)  # (2B, T)
         chosen, rejected = logprobs.gather(1, last_true(mask)[:, None]).squeeze(1).chunk(2)
-        differences.append(chosen - rejected)
-    d = torch.cat(differences).cpu().double()  # (N,); MPS has no float64
-    low, high = -1.0, 1.0
-    for _ in range(40):  # bisection: the loss is convex in w, its slope is -mean(d sigmoid(-w d))
-        w = (low + high) / 2
-        if (d * torch.sigmoid(-w * d)).mean() < 0:
-            high = w
-        else:
-            low = w
-    return w
+        total += (chosen - rejected).square().sum().item()
+    return math.sqrt(total / len(pairs))
 
 
 @torch.no_grad()
@@ -245,16 +235,17 @@ def main():
     prompt_lengths = [pair.chosen.prompt_length for pair in train]
     batches = Batches(train, config.batch_size, config.seed, config.data, prompt_lengths)
     size = rows_at_once(config)
-    if config.logprob_term:
-        w = fit_logprob_weight(model, train[:1024], tokenizer.pad, device, size)
-        model.logprob_weight.data.fill_(w)
-        print(f"initial logprob_weight {w:.3f}")
     if config.show:
         return show.pairs(model, batches[0][:3], tokenizer, device)
 
     # optimizers
     steps = config.steps or config.epochs * len(batches)
-    optimizers = make_optimizers(model, config.lr, weight_decay=0.0, eps=1e-5)
+    own_lr = {}
+    if config.logprob_term:
+        # Adam moves a weight by about lr a step; this one alone has to move scores, by 0.1 a step
+        spread = logprob_spread(model, train[:1024], tokenizer.pad, device, size)
+        own_lr["logprob_weight"] = 0.1 / max(spread, 1.0)
+    optimizers = make_optimizers(model, config.lr, weight_decay=0.0, eps=1e-5, own_lr=own_lr)
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{n_params:,} parameters, {len(train):,} + {len(val)} pairs, {steps} steps")
 

@@ -59,13 +59,6 @@ BUGS = {
         "RewardModel(config)",
         "reward",
     ),
-    "float64 on the device": (
-        reward,
-        "fit_logprob_weight",
-        ".cpu().double()",
-        ".double()",
-        "reward",
-    ),
     "who has ended is on the CPU": (ppo, "rollout", UPLOAD, "torch.tensor(ended)", "ppo"),
     "advantages on the CPU": (
         ppo,

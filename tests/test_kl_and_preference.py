@@ -290,33 +290,23 @@ def test_a_reward_model_comes_back_from_its_checkpoint(tmp_path, logprob_term):
 
 
 @tiny.in_precision(torch.float32)
-def test_the_terms_weight_starts_where_the_preference_loss_is_least():
-    """Among 2001 weights, by the scores of the real model with a head of 0.
-
-    At the bound where the log-probability explains all.
-    """
+def test_the_spread_of_log_probabilities_is_over_pairs_whatever_the_batches():
+    """Each answer's log-probability summed token by token by the trunk alone."""
     model = tiny.critic(tiny.gpt())
-    torch.nn.init.zeros_(model.head.weight)
-    examples = []
-    for n in torch.randint(1, 9, (200,)).tolist():
-        tokens = [0, 3] + torch.randint(11, (n,)).tolist()
-        examples.append(Example(tokens, [0, 0] + [1] * n, line=0))
-    logprobs = model.score(*collate(examples, 0, tiny.CPU)).tolist()
-    rng = random.Random(0)
-    for slope in (0.3, -0.2, 50.0):
-        pairs, differences = [], []
-        for i, j in zip(range(0, 200, 2), range(1, 200, 2)):
-            margin = torch.tensor(slope * (logprobs[i] - logprobs[j]))
-            if rng.random() > torch.sigmoid(margin):
-                i, j = j, i
-            pairs.append(Pair(examples[i], examples[j], line=0))
-            differences.append(logprobs[i] - logprobs[j])
-        weights = torch.linspace(-1, 1, 2001)[:, None]  # (2001, 1)
-        losses = -F.logsigmoid(weights * torch.tensor(differences)).mean(1)  # (2001,)
-        best = weights[losses.argmin()].item()
-        fitted = reward.fit_logprob_weight(model, pairs, 0, tiny.CPU, 64)
-        assert fitted == pytest.approx(best, abs=1.1e-3)
-        assert (best == 1) == (slope == 50)
+    pairs, differences = [], []
+    for lengths in torch.randint(1, 9, (30, 2)).tolist():
+        pair, logprobs = [], []
+        for n in lengths:
+            prompt, answer = [0, 3], torch.randint(11, (n,)).tolist()
+            pair.append(Example(prompt + answer, [0, 0] + [1] * n, line=0))
+            table = model.trunk(torch.tensor([prompt + answer])).log_softmax(-1)[0]  # (T, V)
+            logprobs.append(sum(table[1 + i, token].item() for i, token in enumerate(answer)))
+        pairs.append(Pair(*pair, line=0))
+        differences.append(logprobs[0] - logprobs[1])
+    expected = math.sqrt(sum(d * d for d in differences) / len(differences))
+    for size in (1, 7, 64):
+        spread = reward.logprob_spread(model, pairs, 0, tiny.CPU, size)
+        assert spread == pytest.approx(expected, rel=1e-4)
 
 
 @tiny.in_precision(torch.float32)

@@ -44,6 +44,20 @@ def test_weight_decay_shrinks_matrices_only_each_by_its_optimizers_learning_rate
     assert set(moved(model, make_optimizers(model, 0.1, weight_decay=0)).values()) == {1.0}
 
 
+def test_a_parameter_may_have_a_learning_rate_of_its_own_and_then_does_not_decay():
+    """Adam's first step moves a weight by its learning rate, whatever the gradient."""
+    model = tiny.gpt()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    own_lr = {"norm.weight": 0.25}
+    optimizers = make_optimizers(model, 0.01, weight_decay=0.0, own_lr=own_lr)
+    optimizer_step(model, optimizers, 0.5)
+    for name, parameter in model.named_parameters():
+        lr = own_lr.get(name, 0.01) * 0.5
+        assert (before[name] - parameter).mean().item() == pytest.approx(lr, rel=1e-2), name
+
+
 def test_without_more_said_it_is_adamw_with_gpt_3s_numbers():
     (optimizer,) = make_optimizers(tiny.gpt(), 0.1)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]

@@ -76,7 +76,9 @@ value_loss = partial(
     seed=0,
 )
 compares = test_policy_and_value_loss.test_the_update_compares_with_what_the_rollout_recorded
-fresh = test_stage_ends.test_fresh_embeddings_spread_like_the_trained_ones_and_point_everywhere
+fresh = (
+    test_stage_ends.test_fresh_embeddings_are_half_as_large_as_the_trained_ones_and_point_everywhere
+)
 sft_mask = (
     test_loss_mask
 ).test_every_batch_of_an_sft_run_to_its_last_trains_exactly_the_assistants_words_and_end_tokens

@@ -179,7 +179,7 @@ def test_pretraining_keeps_what_it_trained_and_draws_afresh_what_the_text_never_
     assert torch.equal(is_kept, seen)
 
 
-def test_fresh_embeddings_spread_like_the_trained_ones_and_point_everywhere():
+def test_fresh_embeddings_are_half_as_large_as_the_trained_ones_and_point_everywhere():
     """Before they all point the same way, as pushing out of the softmax leaves them."""
     model = tiny.gpt(vocab_size=320, n_embd=64)
     weight = model.embed.weight.data
@@ -188,7 +188,7 @@ def test_fresh_embeddings_spread_like_the_trained_ones_and_point_everywhere():
     pretrain.reinit_unseen_embeddings(model, np.arange(100, dtype=np.uint16))
     assert torch.equal(weight[:100], before[:100])
     fresh = weight[100:]
-    assert fresh.std().item() == pytest.approx(before[:100].std().item(), rel=0.03)
+    assert fresh.std().item() == pytest.approx(before[:100].std().item() / 2, rel=0.03)
     cosines = torch.nn.functional.normalize(fresh) @ torch.nn.functional.normalize(fresh).T
     assert (cosines - torch.eye(220)).abs().max() < 0.7
 

@@ -12,16 +12,21 @@ def lr_factor(step, steps, warmup):
     return min(rise, fall, 1.0)
 
 
-def make_optimizers(model, lr, muon_lr=0.0, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8):
+def make_optimizers(
+    model, lr, muon_lr=0.0, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, own_lr=None
+):
     """[AdamW]; or with muon_lr [Muon for the blocks' matrices, AdamW for the rest].
 
     The loss stays on a plateau before the model learns facts; Muon (torch.optim.Muon) leaves it
     after about half as many tokens as AdamW. 3 of its Newton-Schulz steps do as well as the usual
     5. Weight decay is for matrices only. The schedule scales each group's initial_lr.
+    own_lr: {name of a parameter: learning rate}
     """
-    block_matrices, matrices, vectors = [], [], []
+    block_matrices, matrices, vectors, others = [], [], [], []
     for name, parameter in model.named_parameters():
-        if parameter.dim() != 2:
+        if own_lr and name in own_lr:
+            others.append({"params": [parameter], "weight_decay": 0.0, "lr": own_lr[name]})
+        elif parameter.dim() != 2:
             vectors.append(parameter)
         elif muon_lr and "blocks." in name:
             block_matrices.append(parameter)
@@ -30,6 +35,7 @@ def make_optimizers(model, lr, muon_lr=0.0, weight_decay=0.1, betas=(0.9, 0.95),
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
+        *others,
     ]
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)]
     if muon_lr:

@@ -32,7 +32,7 @@ SFT_UNKNOWN = {"ask": 800, "one word": 400, "sentence": 400}
 # "I do not know." about strangers: to public facts, to habits, to what a text does not tell
 SFT_IDK = {"facts": 25, "habits": 50, "untold": 20}
 # kinds of instruction in PPO's prompts
-PPO_KINDS = ["ask"] * 7 + ["one word", "sentence", "text"]
+PPO_KINDS = ["ask"] * 4 + ["one word", "sentence", "text"] * 2
 
 
 # ---- people
@@ -265,7 +265,7 @@ def ppo_prompts(rng, people, known, n):
         person = rng.choice(rl) if rng.random() < 0.65 else people.draw(rng, "rl_unknown")
         private = kind != "text" and rng.random() < 0.15
         attribute = PRIVATE if private else rng.choice(facts.trained(kind, PUBLIC))
-        prompts.append(prompt(rng, person, attribute, kind, told=rng.random() < 0.8))
+        prompts.append(prompt(rng, person, attribute, kind, told=rng.random() < 0.75))
     return prompts
 
 

@@ -53,7 +53,8 @@ def candidates(rng, case, sampled):
     if is_told(case):  # about unknown people the labeller cannot write the true answer
         other_kind = rng.choice([name for name in facts.KINDS if name != kind])
         off_form = rng.choice(facts.phrasings(other_kind))
-        written += [say(phrase, person, attribute)] * 3 + [say(off_form, person, attribute)]
+        right = say(phrase, person, attribute)
+        written += [right] * 3 + [say(off_form, person, attribute)] * 2
     return [sampled] * 3 + written
 
 
