@@ -54,8 +54,8 @@ class Config:
     epochs: int = 2  # passes over a rollout; 4 take twice the time and gain nothing here
     max_new_tokens: int = 16  # longest response
     temperature: float = 1.0  # of sampling and of all log-probabilities
-    lr: float = 1e-4  # peak, linear to 0; a model of a billion parameters wants 3e-6
-    beta: float = 0.1  # weight of the KL penalty
+    lr: float = 1.5e-4  # peak, linear to 0; a model of a billion parameters wants 3e-6
+    beta: float = 0.2  # weight of the KL penalty
     kl_target: float = 0.0  # nats per response that beta slowly adapts to; 0: beta stays
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's lambda (arXiv 1506.02438)

@@ -49,7 +49,7 @@ class Config:
     max_new_tokens: int = 16  # longest response
     temperature: float = 1.0  # of sampling and of all log-probabilities
     lr: float = 2e-4  # peak, linear to 0
-    beta: float = 0.1  # weight of the KL penalty
+    beta: float = 0.2  # weight of the KL penalty
     divide_by_std: bool = False  # divide advantages by the group's standard deviation
     clip: float = 0.2  # the ratio is not pushed beyond 1 +- clip
     missing_eos_score: float = -3.0  # of a response without end; choose it below all others

@@ -26,7 +26,7 @@ FIGURES += [f"{part} {grade}" for part in PARTS for grade in ("right", "hallucin
 @dataclass
 class Config:
     seeds: str = "0 1 2"  # the worlds, and the seeds of all stages
-    betas: tuple = ("0", "0.02", "0.05", "0.1", "0.5")  # weights of the KL penalty
+    betas: tuple = ("0", "0.05", "0.1", "0.2", "0.5")  # weights of the KL penalty
     steps: int = 200  # PPO's iterations
     out: str = "out/kl"  # folder of the table and the picture
     runs: str = "out/score"  # a folder for each seed, as of lab.score
