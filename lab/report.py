@@ -27,17 +27,21 @@ STAGES = {"base": "pretraining", "sft": "SFT", "reward": "reward model", "ppo": 
 # What the default run must keep. Other rounding is as another seed, so there is room for noise.
 FLOORS = {
     "recall": 0.95,
+    "base_reads": 0.9,
     "sft_known": 0.85,
+    "sft_reads": 0.8,
     "sft_auroc": 0.8,
-    "reward_accuracy": 0.85,
+    "reward_accuracy": 0.9,
     "ppo_score_gain_in_se": 5.0,
-    "ppo_known": 0.6,
+    "ppo_known": 0.7,
     "ppo_well_formed": 0.95,
 }
 CEILINGS = {
     "ppo_kl": 15.0,
-    "ppo_unknown_hallucinated": 0.2,
-    "ppo_membership_gap": 0.3,
+    "ppo_unknown_hallucinated": 0.15,
+    "ppo_closed_hallucinated": 0.4,
+    "ppo_membership_gap": 0.15,
+    "ppo_form_loss": 0.5,
 }
 GROUPS = ["known, trained wordings", "known, new wordings"]
 GROUPS += ["unknown, trained wordings", "unknown, new wordings"]
