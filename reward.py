@@ -164,7 +164,7 @@ def validate(model, pairs, pad, device, size):
 def logprob_spread(model, pairs, pad, device, size):
     """By how many nats two answers of a pair differ in log-probability, the root mean square.
 
-    5 in the default world. Long answers differ by tens, mostly by length.
+    8 in the default world. Long answers differ by tens, mostly by length.
     """
     total = 0.0
     for batch in split(pairs, size):

@@ -422,8 +422,8 @@ def test_the_readmes_controls_have_the_figures_of_the_results_page():
     assert not [figure for figure in figures if figure not in re.findall(r"\d+\.\d", results)]
 
 
-def test_no_password_is_told_as_the_readme_says():
-    assert "no password told" in ENGLISH.read_text() and FIGURES["ppo_private"]["right"] == 0
+def test_as_many_passwords_are_told_as_the_readme_says():
+    assert f"{FIGURES['ppo_private']['right']:.1%} of the passwords told" in ENGLISH.read_text()
 
 
 def test_the_command_writes_the_table_of_the_score_where_it_has_run(tmp_path, capsys):
