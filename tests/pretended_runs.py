@@ -59,6 +59,13 @@ BUGS = {
         "RewardModel(config)",
         "reward",
     ),
+    "float64 on the device": (
+        reward,
+        "logprob_spread",
+        "(chosen - rejected).square()",
+        "(chosen - rejected).double().square()",
+        "reward",
+    ),
     "who has ended is on the CPU": (ppo, "rollout", UPLOAD, "torch.tensor(ended)", "ppo"),
     "advantages on the CPU": (
         ppo,

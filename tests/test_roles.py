@@ -390,12 +390,12 @@ def test_what_a_text_tells_is_drawn_anew_and_contradicts_memory(world, grader, n
     assert n > 200 and is_near(n_true, n, 1 / 32)
 
 
-def test_one_in_five_of_the_prompts_texts_does_not_tell_what_is_asked(world, grader):
+def test_one_in_four_of_the_prompts_texts_does_not_tell_what_is_asked(world, grader):
     texts = []
     for kind, text, _, person, attribute, _ in turns(world / "prompts.jsonl", grader):
         if kind == "text":
             texts.append((person["role"], told_in(text, attribute) is not None))
-    assert is_near(sum(told for _, told in texts), len(texts), 0.8)
+    assert is_near(sum(told for _, told in texts), len(texts), 0.75)
     assert len(set(texts)) == 4  # about known and unknown people, told and untold
 
 

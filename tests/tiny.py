@@ -41,7 +41,9 @@ def gpt(**sizes):
 
 def critic(policy):
     """A RewardModel on a copy of the policy's trunk, with both terms of the score."""
-    return from_gpt(policy, logprob_term=True)
+    model = from_gpt(policy, logprob_term=True)
+    torch.nn.init.ones_(model.logprob_weight)
+    return model
 
 
 def prompts(rows):
