@@ -82,7 +82,7 @@ KL_CONTRASTS = [
     ("kl", "kl_reward_0_200", "kl_reward_0.5_200", "beta"),
     ("kl", "kl_reward_0_200", "kl_reward_few_0_200", "reward"),
     ("kl", "kl_reward_0_200", "kl_reward_plain_0_200", "reward"),
-    ("kl", "kl_reward_few_0_200", "kl_reward_few_0.1_200", "beta"),
+    ("kl", "kl_reward_few_0_200", "kl_reward_few_0.2_200", "beta"),
     ("kl", "reward", "reward_few", "data"),
     ("kl", "reward", "reward_plain", "logprob_term"),
     ("kl", "world/preferences", "world/preferences_few", "pairs"),
