@@ -244,7 +244,7 @@ def main():
     if config.logprob_term:
         # Adam moves a weight by about lr a step; this one alone has to move scores: by 1000 lr
         spread = logprob_spread(model, train[:1024], tokenizer.pad, device, size)
-        own_lr["logprob_weight"] = 1000 * config.lr / max(1.0, spread)
+        own_lr["logprob_weight"] = 1000 * config.lr / max(1.0, spread)  # of NaN: 1.0
     optimizers = make_optimizers(model, config.lr, weight_decay=0.0, eps=1e-5, own_lr=own_lr)
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{n_params:,} parameters, {len(train):,} + {len(val)} pairs, {steps} steps")
