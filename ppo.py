@@ -62,8 +62,8 @@ class Config:
     clip: float = 0.2  # the ratio is not pushed beyond 1 +- clip (arXiv 1707.06347)
     value_clip: float = 0.2  # a value is not pushed further than this from its old one
     value_coef: float = 0.1  # weight of the value loss; see the note at update
-    missing_eos_score: float = -3.0  # of a response without end; choose it below all others
-    min_score: float = -math.inf  # floor of all scores; 0 removes negative feedback
+    missing_eos_score: float = -3.0  # of a response without end; below those of usual ones
+    min_score: float = -math.inf  # floor of all scores
     val_size: int = 512  # prompts held out at the end; at most a quarter
     log_every: int = 5  # iterations between log lines
     save_every: int = 20  # iterations between states for --resume
@@ -95,9 +95,10 @@ def whiten(x, mask):
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """-beta (log pi - log pi_ref) at each action, plus the score (B,) at the last one: (B, T).
 
-    The sum over a response is the objective of arXiv 2203.02155, equation 2. Of the estimators of
-    KL from d = log pi - log pi_ref, this is k1 = d. In its place k2 = d^2 / 2 or
-    k3 = exp(-d) - 1 + d would move the optimum (tests/test_planted_bugs.py).
+    The sum over a response is the objective of arXiv 2203.02155, equation 2, with its gamma 0. Of
+    the estimators of KL from d = log pi - log pi_ref, this is k1 = d. k3 = exp(-d) - 1 + d has the
+    same mean, but a reward is not differentiated: only with k1 does the term that this leaves out
+    have mean 0. k2 = d^2 / 2 or k3 would move the optimum (tests/test_planted_bugs.py).
     """
     rewards = -beta * (logprobs - ref_logprobs) * mask  # (B, T)
     return rewards.scatter_add(1, last_true(mask)[:, None], scores[:, None].to(rewards.dtype))
@@ -134,7 +135,10 @@ def compute_advantages(batch, beta, config):
 
 
 def adapt_beta(beta, kl, kl_target, n_episodes, horizon=10_000):
-    """Adaptive KL controller (arXiv 1909.08593, section 2.2)."""
+    """Adaptive KL controller (arXiv 1909.08593, section 2.2).
+
+    Its K_beta is n_episodes / horizon, as in the paper's code.
+    """
     error = min(max(kl / kl_target - 1, -0.2), 0.2)
     return beta * (1 + error * n_episodes / horizon)
 
@@ -324,7 +328,6 @@ def make_critic(policy, reward_model):
         return copy.deepcopy(reward_model).requires_grad_(True)
     critic = from_gpt(policy, logprob_term=True)
     torch.nn.init.zeros_(critic.head.weight)
-    torch.nn.init.zeros_(critic.logprob_weight)
     return critic
 
 

@@ -9,7 +9,8 @@
 
 Main differences from InstructGPT's (arXiv 2203.02155):
     The score has one more term, the answer's log-probability. --no-logprob_term leaves it out.
-    Afterwards scores are scaled to standard deviation 1, not only shifted to mean 0.
+    Afterwards scores get mean 0 and standard deviation 1 over the SFT model's own answers; there
+    they are only shifted, to mean 0 over the labellers' demonstrations.
 """
 
 import dataclasses
@@ -70,10 +71,10 @@ class RewardModel(nn.Module):
 
         head(hidden) + logprob_weight * log p(answer | prompt)
 
-    with p the trunk's own language model and one learned weight. A small model's hidden state does
-    not tell a true fact from a false one: on pairs that differ in one fact, accuracy is 50% with
-    the head alone and 99 to 100% with the term, also for people in no training pair. In PPO the
-    term also favours answers that SFT finds likely.
+    with p the trunk's own language model, which is trained along, and one learned weight. A small
+    model's hidden state does not tell a true fact from a false one: on pairs that differ in one
+    fact, accuracy is 50% with the head alone and 99 to 100% with the term, also for people in no
+    training pair. In PPO the term also favours answers that SFT finds likely.
     """
 
     config_class = RewardConfig
@@ -135,10 +136,15 @@ def preference_loss(chosen, rejected):
     return -F.logsigmoid(chosen - rejected).mean()
 
 
+def collate_pairs(pairs, pad, device):
+    """tokens and mask, (2B, T) each: first all chosen answers, then all rejected ones."""
+    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    return collate(answers, pad, device)
+
+
 def score_pairs(model, pairs, pad, device):
     """The scores (B,) of the chosen and of the rejected answers, all in one forward pass."""
-    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    tokens, mask = collate(answers, pad, device)  # (2B, T) each
+    tokens, mask = collate_pairs(pairs, pad, device)  # (2B, T) each
     with autocast(device):
         return model.score(tokens, mask).chunk(2)
 
@@ -168,11 +174,10 @@ def logprob_spread(model, pairs, pad, device, size):
     """
     total = 0.0
     for batch in split(pairs, size):
-        answers = [pair.chosen for pair in batch] + [pair.rejected for pair in batch]
-        tokens, mask = collate(answers, pad, device)  # (2B, T) each
+        tokens, mask = collate_pairs(batch, pad, device)  # (2B, T) each
         with autocast(device):
             logprobs = model.answer_logprobs(model.trunk.hidden(tokens), tokens, mask)  # (2B, T)
-        chosen, rejected = logprobs.gather(1, last_true(mask)[:, None]).squeeze(1).chunk(2)
+        chosen, rejected = logprobs[:, -1].chunk(2)  # of whole answers, (B,) each
         total += (chosen - rejected).square().sum().item()
     return math.sqrt(total / len(pairs))
 
@@ -181,7 +186,8 @@ def logprob_spread(model, pairs, pad, device, size):
 def calibrate(model, sft, prompts, tokenizer, config):
     """Shifts and scales the scores to mean 0 and standard deviation 1 over SFT's own answers.
 
-    As in lm-human-preferences (arXiv 1909.08593): so beta means the same for every reward model.
+    As in lm-human-preferences (arXiv 1909.08593): so beta means about the same for every reward
+    model. Not quite, for the deviation also holds how much the prompts' mean scores differ.
     """
     examples, scores = [], []
     for batch in split(prompts, 64):

@@ -6,7 +6,8 @@
 What differs from reward.py, whose files it reads, and from ppo.py, whose place it takes:
     The policy is its own reward model: its reward of a response is beta log(pi / pi_ref). With
     Bradley-Terry labels on pairs that cover the responses, its optimum is ppo.py's for the
-    labeller's r, pi_ref exp(r / beta).
+    labeller's r, pi_ref exp(r / beta). reward.py divides that r by its standard deviation, so the
+    same trade-off is beta * std there: here beta counts in the labeller's units.
     No scalar head, no critic, no sampling: the responses are those of the file.
     beta is the KL penalty's weight, but no KL is measured or penalized on the policy's own samples.
 """
@@ -21,9 +22,9 @@ import torch.nn.functional as F
 from data.examples import load_pairs
 from model import GPT
 from ppo import response_logprobs
-from reward import preference_loss
+from reward import collate_pairs, preference_loss
 from train import parallel, show
-from train.batches import Batches, collate, hold_out, micro_batches, rows_at_once, split
+from train.batches import Batches, hold_out, micro_batches, rows_at_once, split
 from train.checkpoint import LANGUAGE_MODELS, load_checkpoint, save_checkpoint
 from train.device import autocast, setup
 from train.loop import Run
@@ -72,8 +73,7 @@ def response_sums(model, tokens, mask):
 
 def pair_logprobs(policy, ref, pairs, pad, device):
     """log pi and log pi_ref of the responses, (2B,) each: first all chosen, then all rejected."""
-    responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    tokens, mask = collate(responses, pad, device)  # (2B, T) each
+    tokens, mask = collate_pairs(pairs, pad, device)  # (2B, T) each
     with torch.no_grad():
         ref_logprobs = response_sums(ref, tokens, mask)[:, -1]  # (2B,)
     return response_sums(policy, tokens, mask)[:, -1], ref_logprobs

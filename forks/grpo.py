@@ -10,7 +10,7 @@ What differs from ppo.py, whose files, rollout and policy loss it uses (arXiv 24
     --divide_by_std divides the score's part by the group's standard deviation, as in the paper. So
     the KL weight becomes beta * std, another one for each prompt (arXiv 2503.20783).
     The KL penalty is part of the advantage, by ppo.py's k1. The paper adds the estimator k3 to the
-    loss, whose gradient is that of KL(ref || pi).
+    loss; per token, its mean gradient is that of KL(ref || pi).
     The loss is a mean over the minibatch's tokens. The paper averages within each response first,
     which favours short right responses and long wrong ones (arXiv 2503.20783).
 """
@@ -52,7 +52,7 @@ class Config:
     beta: float = 0.2  # weight of the KL penalty
     divide_by_std: bool = False  # divide advantages by the group's standard deviation
     clip: float = 0.2  # the ratio is not pushed beyond 1 +- clip
-    missing_eos_score: float = -3.0  # of a response without end; choose it below all others
+    missing_eos_score: float = -3.0  # of a response without end; below those of usual ones
     min_score: float = -float("inf")  # floor of all scores
     val_size: int = 512  # prompts held out from the end of the file; at most a quarter
     log_every: int = 5  # iterations between log lines
@@ -73,7 +73,7 @@ class Config:
 def group_advantages(x, group_size, divide_by_std=False):
     """x (B,) minus its group's mean, (B,); group_size neighbours are a group.
 
-    A_i = x_i - mean(x), and with divide_by_std A_i / (std(x) + 1e-4)
+    A_i = x_i - mean(x); with divide_by_std (x_i - mean(x)) / (std(x) + 1e-4), std with n - 1
     """
     groups = x.view(-1, group_size)  # (prompts, group_size)
     advantages = groups - groups.mean(1, keepdim=True)

@@ -39,7 +39,7 @@ class Config:
 
 
 def candidates(rng, case, sampled):
-    """Answers to compare: mostly the model's own, and ones that the labeller writes."""
+    """Answers to compare: some are the model's own, the others the labeller writes."""
     kind, person, attribute = case
     phrase = rng.choice(facts.phrasings(kind))
     others = [name for name in facts.ATTRIBUTES if name != attribute]
