@@ -63,7 +63,7 @@ def mended(text):
 
 @every_lesson
 def test_links_lead_to_the_line_of_the_definition(lesson):
-    """`python -m tests.test_lessons` mends them."""
+    """`PYTHONPATH=tests python -m tests.test_lessons` mends them."""
     text = read(lesson)
     assert len(LINK.findall(text)) >= 5
     assert LINK.findall(text) == LINK.findall(mended(text))
