@@ -1,6 +1,6 @@
 """The lessons in docs/lessons/: their links to the code, their form, and their things to try.
 
-python -m tests.test_lessons    # sets the line numbers in the links right
+PYTHONPATH=tests python -m tests.test_lessons    # sets the line numbers in the links right
 """
 
 import ast
